@@ -1,0 +1,112 @@
+"""Random draws that are pure functions of what they are for: (seed, fold, epoch, parcel).
+
+A generator's state depends on every draw before it, hence on workers, batches and restarts. Here a 64-bit hash takes
+its place: every draw is computed from its own key, for a whole batch at once, on any device, with the same result.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (
+    -4658895280553007687,
+    -7723592293110705685,
+)  # of the 64-bit finaliser splitmix64, as signed numbers
+_ROUNDS = 3
+_NOISE_VALUES = 2**20
+
+
+def stream_key(*words: int | str) -> int:
+    """A 64-bit key for a purpose, from any words that name it."""
+    digest = hashlib.blake2b(repr(words).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def parcel_keys(stream: int, parcels: Tensor) -> Tensor:
+    """One key per parcel id, (B,) int64, independent between streams and parcels."""
+    return _mix(_mix(parcels) ^ stream)
+
+
+def choose_pixels(keys: Tensor, sizes: Tensor, npixel: int) -> Tensor:
+    """Chooses npixel pixels of every parcel without replacement.
+
+    A keyed permutation of 0..n-1 is evaluated at 0..npixel-1, which touches npixel numbers, not n: a Feistel network
+    on pairs (left, right) with a * b >= n, and cycle walking, that is, what falls outside 0..n-1 is permuted again.
+
+    Args:
+        keys: one per parcel, (B,).
+        sizes: number of pixels n of each parcel, (B,).
+        npixel: how many to choose.
+
+    Returns:
+        Pixel indices, (B, npixel) int64. A parcel of at most npixel pixels gives all of them in order, then its
+        first one repeatedly.
+    """
+    slots = torch.arange(npixel, device=sizes.device)
+    pixels = torch.where(slots < sizes.unsqueeze(1), slots, 0)
+    large = (sizes > npixel).nonzero().squeeze(1)
+    n = sizes[large]
+    a = n.double().sqrt().ceil().long()
+    b = (n + a - 1) // a
+    round_keys = [_mix(keys[large] + i) for i in range(2 * _ROUNDS)]
+    chosen = _permute(slots, *(x.unsqueeze(1) for x in (a, b, *round_keys)))
+    row, slot = (chosen >= n.unsqueeze(1)).nonzero(as_tuple=True)
+    while len(row):  # less than one in sqrt(n)
+        walked = _permute(chosen[row, slot], *(x[row] for x in (a, b, *round_keys)))
+        chosen[row, slot] = walked
+        outside = walked >= n[row]
+        row, slot = row[outside], slot[outside]
+    pixels[large] = chosen
+    return pixels
+
+
+def noise_values(stream: int, sigma: float, clip: float) -> Tensor:
+    """A store of clipped normal noise, clip(sigma N(0, 1), -clip, clip), that `add_noise` reads from."""
+    generator = torch.Generator().manual_seed(stream)
+    return torch.randn(_NOISE_VALUES, generator=generator).mul_(sigma).clamp_(-clip, clip)
+
+
+def add_noise(rows: Tensor, keys: Tensor, noise: Tensor) -> None:
+    """Adds noise to rows (B * S, width) in place: each row takes a window of the store at a place drawn for it.
+
+    Drawing two million normal numbers for every batch would cost more than everything else in loading it.
+    """
+    slots = torch.arange(len(rows) // len(keys), device=rows.device)
+    place = _below(_mix(keys.unsqueeze(1) ^ _mix(slots)), len(noise) - rows.shape[1] + 1)
+    rows += noise.unfold(0, rows.shape[1], 1).index_select(0, place.view(-1))
+
+
+def _permute(x: Tensor, a: Tensor, b: Tensor, *round_keys: Tensor) -> Tensor:
+    """A bijection of 0..a*b-1, its own for every round key."""
+    left = x // b
+    right = x - left * b
+    for key_left, key_right in zip(round_keys[::2], round_keys[1::2]):
+        left = left + _below(_mix_once(right + key_left), a)
+        left = torch.where(left >= a, left - a, left)
+        right = right + _below(_mix_once(left + key_right), b)
+        right = torch.where(right >= b, right - b, right)
+    return left * b + right
+
+
+def _below(hashed: Tensor, n: Tensor | int) -> Tensor:
+    """Maps hashes evenly to 0..n-1, for n < 2^31."""
+    return (_shift(hashed, 33) * n) >> 31
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64: every bit of x changes about half of the result's."""
+    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
+    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
+    return x ^ _shift(x, 31)
+
+
+def _mix_once(x: Tensor) -> Tensor:
+    """A cheaper hash, whose high bits are good, for the rounds of the permutation."""
+    x = x * _MULTIPLIERS[0]
+    return (x ^ _shift(x, 32)) * _MULTIPLIERS[1]
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

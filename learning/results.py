@@ -1,0 +1,102 @@
+"""The files of a results folder."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from learning.errors import UserError
+from learning.files import write_bytes, write_json
+from learning.metrics import confusion_matrix_analysis
+from learning.safe_pickle import load_arrays
+
+CONFIG, NORMALISATION, OVERALL, PER_CLASS = "conf.json", "normalisation.npz", "overall.json", "per_class.json"
+TRAINLOG, TEST_METRICS, CONFUSION = "trainlog.json", "test_metrics.json", "conf_mat.pkl"
+
+
+def prepare_folder(res_dir: str | Path, overwrite: bool) -> Path:
+    """Makes the results folder, or makes sure that it can be written and holds no earlier results.
+
+    Raises:
+        UserError: if it cannot be written, or holds results and `overwrite` is not set.
+    """
+    folder = Path(res_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(
+            f"--res_dir {folder} cannot be written ({error.strerror}); choose another folder."
+        ) from error
+    if (folder / CONFIG).exists() and not overwrite:
+        raise UserError(
+            f"{folder} holds the results of an earlier run; add --overwrite or choose another --res_dir."
+        )
+    return folder
+
+
+def fold_folder(res_dir: Path, fold: int) -> Path:
+    """Fold_k of a results folder, made if it is not there; folds count from 1."""
+    folder = res_dir / f"Fold_{fold}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def save_checkpoint(path: Path, epoch: int, state_dict: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """Writes a checkpoint under the published keys."""
+    buffer = io.BytesIO()
+    torch.save({"epoch": epoch, "state_dict": state_dict, "optimizer": optimizer}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def save_test(folder: Path, metrics: dict[str, float], confusion: np.ndarray) -> None:
+    """Writes a fold's test metrics and confusion matrix."""
+    write_json(folder / TEST_METRICS, metrics)
+    write_bytes(folder / CONFUSION, pickle.dumps(confusion))
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_bytes(path, buffer.getvalue())
+
+
+def save_normalisation(res_dir: Path, norm: tuple, extra_stats: tuple | None) -> None:
+    """Keeps what the pixels and extra features were normalised with, for inference."""
+    arrays = dict(zip(("mean", "std"), norm))
+    if extra_stats is not None:
+        arrays |= dict(zip(("extra_mean", "extra_std"), extra_stats))
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(res_dir / NORMALISATION, buffer.getvalue())
+
+
+def load_normalisation(res_dir: Path) -> tuple[tuple | None, tuple | None]:
+    """What `save_normalisation` kept: (mean, std) of pixels, and of extra features or None; None twice without a file."""
+    path = res_dir / NORMALISATION
+    if not path.exists():
+        return None, None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            norm = arrays["mean"], arrays["std"]
+            extra = (arrays["extra_mean"], arrays["extra_std"]) if "extra_mean" in arrays else None
+    except Exception as error:  # damaged bytes can fail in any way
+        raise UserError(
+            f"{path} is damaged ({error}); copy it again or remove it and give --norm."
+        ) from error
+    return norm, extra
+
+
+def save_overall(res_dir: Path, n_folds: int) -> tuple[np.ndarray, dict[str, float]]:
+    """Sums the folds' confusion matrices and writes the scores of the sum; returns both."""
+    total = sum(load_arrays(res_dir / f"Fold_{fold}" / CONFUSION) for fold in range(1, n_folds + 1))
+    per_class, overall = confusion_matrix_analysis(total)
+    write_json(res_dir / PER_CLASS, per_class)
+    write_json(res_dir / OVERALL, overall)
+    return total, overall

@@ -1,0 +1,65 @@
+"""Where a run happens and with which randomness."""
+
+import os
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from learning.errors import UserError
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for; CUDA if there is a GPU, else the CPU, where none is.
+
+    Raises:
+        UserError: if the device is unknown or missing.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device is {name!r}; expected cpu, cuda or cuda:N.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {name} was asked for but PyTorch finds no GPU; leave --device out to use the CPU."
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name} was asked for but there are {torch.cuda.device_count()} GPUs, from cuda:0 on."
+        )
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"GPU ({torch.cuda.get_device_name(device)})"
+    return f"{device.type.upper()} ({torch.get_num_threads()} threads)"
+
+
+def set_seeds(seed: int) -> None:
+    """Seeds every global generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def count_workers(asked: int) -> int:
+    """Loading processes to use: as many as asked for, but no more than there are cores beside the two training ones.
+
+    Batches are the same for any number, so this is a matter of speed alone.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(asked, cores - 2))
+
+
+def recursive_todevice(x: Any, device: torch.device) -> Any:
+    """Moves a tensor, or the tensors in nested tuples and lists, to a device without waiting for the copy."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device, non_blocking=True)
+    if isinstance(x, (tuple, list)):
+        return type(x)(recursive_todevice(item, device) for item in x)
+    return x

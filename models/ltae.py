@@ -1,0 +1,103 @@
+"""Lightweight Temporal Attention Encoder (Garnot & Landrieu 2020, section 3)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import DateProjection, PositionalTable, attention_weights, check_dates, mlp
+
+
+class LTAE(nn.Module):
+    """Turns a sequence of embeddings into one vector: every head attends to its own group of channels.
+
+    Args:
+        in_channels: channels of the input embeddings.
+        n_head: number of heads H.
+        d_k: size of keys and queries.
+        n_neurons: widths of the MLP after the attention, from d_model on.
+        dropout: dropout after that MLP (the attention's own dropout is 0.1, as published).
+        d_model: channels to project the input to; None for no projection.
+        T: period of the positional encoding.
+        len_max_seq: number of dates, or the most there can be if `positions` and `d_model` are None.
+        positions: days of the dates since the first one; None numbers the dates.
+        return_att: whether forward returns the attention too.
+
+    Raises:
+        ValueError: if the sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 128,
+        n_head: int = 16,
+        d_k: int = 8,
+        n_neurons: Sequence[int] = (256, 128),
+        dropout: float = 0.2,
+        d_model: int | None = 256,
+        T: int = 1000,
+        len_max_seq: int = 24,
+        positions: Sequence[float] | None = None,
+        return_att: bool = False,
+    ) -> None:
+        super().__init__()
+        width = in_channels if d_model is None else d_model
+        if width % n_head:
+            what = f"in_channels={width} (d_model is None)" if d_model is None else f"d_model={width}"
+            raise ValueError(
+                f"L-TAE: {what} cannot be shared out among n_head={n_head} heads; choose a multiple."
+            )
+        if n_neurons[0] != width:
+            raise ValueError(
+                f"L-TAE: n_neurons[0] is {n_neurons[0]} but the heads together give {width} channels; "
+                f"start mlp3 (n_neurons) with {width} or pass d_model={n_neurons[0]}."
+            )
+        self.return_att = return_att
+        self.output_dim = n_neurons[-1]
+        # Names fixed by published weights.
+        self.inlayernorm = nn.LayerNorm(in_channels)
+        self.inconv = None
+        if d_model is not None:
+            check_dates("L-TAE", len_max_seq, positions)
+            self.inconv = DateProjection(in_channels, d_model, len_max_seq)
+        self.position_enc = PositionalTable(positions, width // n_head, T, len_max_seq, repeat=n_head)
+        self.attention_heads = MultiHeadAttention(n_head, d_k, width)
+        self.mlp = mlp(n_neurons)
+        self.dropout = nn.Dropout(dropout)
+        self.outlayernorm = nn.LayerNorm(n_neurons[-1])
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Encodes x (B, L, in_channels) as (B, n_neurons[-1]); with return_att also the attention (H, B, L)."""
+        x = self.inlayernorm(x)
+        if self.inconv is not None:
+            x = self.inconv(x)
+        x = self.position_enc(x)
+        x, attention = self.attention_heads(x)
+        x = self.outlayernorm(self.dropout(self.mlp(x)))
+        return (x, attention.permute(2, 0, 1)) if self.return_att else x
+
+
+class MultiHeadAttention(nn.Module):
+    """H heads with one learned query each; head h averages its own slice of the channels (eqs. 5 to 7).
+
+    Keys are never computed: with key k = W x + b, the score k . q = x . (W^T q) + b . q, and the constant b . q
+    cancels in the softmax over dates. `fc1_k.bias` is kept for published weights and has no influence.
+    """
+
+    def __init__(self, n_head: int, d_k: int, d_in: int) -> None:
+        super().__init__()
+        self.n_head, self.d_k = n_head, d_k
+        self.Q = nn.Parameter(torch.empty(n_head, d_k))
+        self.fc1_k = nn.Linear(d_in, n_head * d_k)
+        for weight in (self.Q, self.fc1_k.weight):
+            nn.init.normal_(weight, std=(2 / d_k) ** 0.5)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, L, E) -> concatenated heads (B, E), attention (B, L, H)."""
+        B, L, E = x.shape
+        W = self.fc1_k.weight.view(self.n_head, self.d_k, E)
+        master = torch.einsum("hke,hk->he", W, self.Q)  # W_h^T q_h, one vector per head
+        attention = attention_weights(x @ master.t(), self.d_k, self.dropout)  # (B, L, H)
+        slices = x.view(B, L, self.n_head, E // self.n_head)
+        return torch.einsum("blh,blhe->bhe", attention, slices).reshape(B, E), attention

@@ -1,0 +1,101 @@
+"""Weight files of others, read as data: only tensors, arrays and plain values ever come out of one."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+CHECKPOINT = "model.pth.tar"
+
+
+def list_folds(weight_folder: str | Path) -> dict[int, Path]:
+    """Checkpoints `Fold_k/model.pth.tar` of a folder by fold number, in numerical order.
+
+    Raises:
+        FileNotFoundError: if the folder is missing or holds no checkpoint.
+    """
+    folder = Path(weight_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is not a folder; expected one with trained weights, Fold_1/{CHECKPOINT}."
+        )
+    numbers = (re.fullmatch(r"Fold_(\d+)", path.parent.name) for path in folder.glob(f"Fold_*/{CHECKPOINT}"))
+    folds = sorted(int(match[1]) for match in numbers if match)
+    if not folds:
+        raise FileNotFoundError(
+            f"{folder} holds no Fold_k/{CHECKPOINT}; give the results folder of a finished training."
+        )
+    return {k: folder / f"Fold_{k}" / CHECKPOINT for k in folds}
+
+
+def choose_folds(weight_folder: str | Path, fold: int | str) -> dict[int, Path]:
+    """The checkpoints of `list_folds` that `fold` asks for: "all", or one number from 1.
+
+    Raises:
+        FileNotFoundError: as `list_folds`, or if that fold is not there.
+        ValueError: if `fold` is neither.
+    """
+    folds = list_folds(weight_folder)
+    if fold == "all":
+        return folds
+    if not str(fold).isdigit():
+        raise ValueError(f"fold is {fold!r}; expected 'all' or a number from 1.")
+    if int(fold) not in folds:
+        present = ", ".join(map(str, folds))
+        raise FileNotFoundError(
+            f"{weight_folder} holds no fold {fold}, only {present}; choose one of these or 'all'."
+        )
+    return {int(fold): folds[int(fold)]}
+
+
+def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint {"epoch", "state_dict", "optimizer"} without executing anything in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, is no checkpoint, or holds more than tensors and plain values.
+    """
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path} does not exist; expected a checkpoint written by train.py."
+        ) from None
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or holds more than tensors "
+            "and plain values; train again or copy the file again."
+        ) from error
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(weights, dict) or not all(
+        isinstance(value, torch.Tensor) for value in weights.values()
+    ):
+        raise ValueError(
+            f"{path} is not a checkpoint: expected a dictionary with tensors under 'state_dict'."
+        )
+    return checkpoint
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Copies weights into a model of exactly the same keys and shapes.
+
+    Raises:
+        ValueError: naming the first differences, if the weights are those of another architecture.
+    """
+    own = model.state_dict()
+    problems = [f"{key} is missing" for key in own if key not in state_dict]
+    problems += [f"{key} is unknown" for key in state_dict if key not in own]
+    problems += [
+        f"{key} is {tuple(state_dict[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state_dict and own[key].shape != state_dict[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{source} holds weights of another architecture ({'; '.join(problems[:3])}{more}); "
+            "give the hyperparameters it was trained with."
+        )
+    model.load_state_dict(state_dict)
