@@ -23,6 +23,7 @@ from preprocessing.metadata import (
 from preprocessing.store import open_store
 
 STATISTICS_FILES = ("S2-2017-T31TFM-meanstd.pkl", "normalisation_values.pkl")
+PARCELS_PER_CHUNK = 8  # a batch is prepared in pieces that stay in the cache
 UNKNOWN = -1  # target of a parcel without a label among the classes
 
 
@@ -102,6 +103,10 @@ class PixelSetData(Dataset):
             self.extra = torch.from_numpy(extra).float()
         self.n_extra = 0 if self.extra is None else self.extra.shape[1]
         self.set_norm(norm)
+        self._make_noise(int(torch.randint(2**62, ())))
+
+    def _make_noise(self, *words: int | str) -> None:
+        self._noise = None if self.jitter is None else noise_values(stream_key("noise", *words), *self.jitter)
 
     def set_norm(self, norm: Arrays | Sequence[float] | None) -> None:
         """Normalises with another mean and standard deviation; see `norm`."""
@@ -116,8 +121,7 @@ class PixelSetData(Dataset):
         """The same parcels with the draws of one epoch: pure functions of `words` (say seed, fold, epoch) and parcel."""
         view = copy.copy(self)
         view._draw = words
-        if self.jitter is not None:
-            view._noise = noise_values(stream_key("noise", *words), *self.jitter)
+        view._make_noise(*words)
         return view
 
     def evaluation(self, seed: int) -> "PixelSetData":
@@ -161,19 +165,18 @@ class PixelSetData(Dataset):
         first = torch.from_numpy(self.store.offsets[parcels])
         chosen = choose_pixels(parcel_keys(stream_key("pixels", *draw), ids), sizes, S)
         empty = sizes == 0
-        rows = (
-            torch.where(empty, 0, first).unsqueeze(1) + chosen
-        )  # an empty parcel borrows a pixel, then set to 0
-        x = torch.from_numpy(self.store.gather(rows.view(-1).numpy())).to(torch.float32)  # (B * S, T * C)
-        x.view(B, S, L * C)[empty] = 0
-        if self.norm is not None:
-            x = torch.addcmul(self._shift, x, self._scale)
-        if self.jitter is not None:
-            if self._draw is None:
-                sigma, clip = self.jitter
-                x += torch.randn_like(x).mul_(sigma).clamp_(-clip, clip)
-            else:
-                add_noise(x, parcel_keys(stream_key("jitter", *draw), ids), self._noise)
+        source = torch.where(empty, 0, first).unsqueeze(1) + chosen  # an empty parcel borrows a pixel, set to 0 below
+        noise_keys = parcel_keys(stream_key("jitter", *draw), ids)
+        x = torch.empty(B, S, L * C)
+        for start in range(0, B, PARCELS_PER_CHUNK):
+            chunk = slice(start, start + PARCELS_PER_CHUNK)
+            raw = self.store.gather(source[chunk].reshape(-1).numpy())
+            part = x[chunk].view(-1, L * C).copy_(torch.from_numpy(raw))
+            x[chunk][empty[chunk]] = 0
+            if self.norm is not None:
+                torch.addcmul(self._shift, part, self._scale, out=part)
+            if self.jitter is not None:
+                add_noise(part, noise_keys[chunk], self._noise)
         pixels = x.view(B, S, L, C).permute(0, 2, 3, 1)
         mask = (torch.arange(S) < sizes.clamp(min=1).unsqueeze(1)).float().unsqueeze(1).expand(-1, L, -1)
         data: Any = (pixels, mask)
@@ -181,6 +184,13 @@ class PixelSetData(Dataset):
             data = data, self.extra[items].unsqueeze(1).expand(-1, L, -1)
         targets = torch.from_numpy(self.target[items])
         return (data, targets, [self.pid[i] for i in items]) if self.return_id else (data, targets)
+
+    def mean_series(self, item: int) -> np.ndarray:
+        """Mean over all pixels of one parcel, not normalised, (T, C); zeros for a parcel without pixels."""
+        first, last = self.store.offsets[self._parcels[item] + np.arange(2)]
+        pixels = self.store.gather(np.arange(first, last))
+        mean = pixels.mean(0, dtype=np.float64) if len(pixels) else np.zeros(pixels.shape[1])
+        return mean.reshape(self.n_dates, self.n_channels)
 
 
 class PixelSetData_preloaded(PixelSetData):

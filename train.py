@@ -18,6 +18,8 @@ from learning.files import write_json
 from learning.focal_loss import FocalLoss
 from learning.options import (
     EXTRA_FEATURE,
+    LABELS,
+    NPIXEL,
     Parser,
     add_architecture_options,
     add_data_options,
@@ -70,6 +72,7 @@ def parse_args() -> argparse.Namespace:
         "--display_step", type=positive, default=50, help="batches between two looks at the loss"
     )
     add_architecture_options(parser)
+    parser.set_defaults(labels=LABELS, npixel=NPIXEL)
     args = parser.parse_args()
     if args.batch_size < 2:
         raise UserError(

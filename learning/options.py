@@ -17,7 +17,7 @@ from models import stclassifier
 from models.stclassifier import PseClassifier
 
 PRESETS = Path(__file__).resolve().parent.parent / "config_fig2.json"
-EXTRA_FEATURE = "geomfeat"
+LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
 CLASSES_20 = (
     1,
     3,
@@ -119,11 +119,18 @@ def non_negative(text: str) -> float:
     return value
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not those that only say that a flag is not given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose mistakes end in one sentence, exit code 2."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; --help lists all options.\n")
@@ -133,11 +140,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Flags on the dataset and on how it is read."""
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_folder", help="dataset folder; without it the embedded simulated dataset")
-    group.add_argument("--labels", default="label_44class", help="nomenclature of META/labels.json")
+    group.add_argument(
+        "--labels", default=argparse.SUPPRESS, help=f"nomenclature of META/labels.json (default: {LABELS})"
+    )
     group.add_argument(
         "--sub_classes",
         type=parse_list,
-        help="labels to keep, as [1,3,4]; without it the published 20 where the dataset has them all, else every label present",
+        help="labels to tell apart, as [1,3,4]; without it the published 20 where the dataset has them all, else "
+        "every label present",
     )
     group.add_argument(
         "--norm",
@@ -152,7 +162,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--cache_dir", help="where to keep the packed copy of the pixels; without it, in the dataset folder"
     )
-    group.add_argument("--npixel", type=positive, default=64, help="pixels drawn per parcel and date")
+    group.add_argument(
+        "--npixel",
+        type=positive,
+        default=argparse.SUPPRESS,
+        help=f"pixels drawn per parcel and date (default: {NPIXEL})",
+    )
     group.add_argument("--batch_size", type=positive, default=128, help="parcels per batch")
     group.add_argument(
         "--num_workers",

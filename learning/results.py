@@ -24,19 +24,27 @@ def prepare_folder(res_dir: str | Path, overwrite: bool) -> Path:
     Raises:
         UserError: if it cannot be written, or holds results and `overwrite` is not set.
     """
-    folder = Path(res_dir)
+    folder = prepare_output(res_dir)
+    if (folder / CONFIG).exists() and not overwrite:
+        raise UserError(
+            f"{folder} holds the results of an earlier run; add --overwrite or choose another --res_dir."
+        )
+    return folder
+
+
+def prepare_output(path: str | Path) -> Path:
+    """Makes a folder, or makes sure that it can be written.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(folder / ".writable", b"")
         (folder / ".writable").unlink()
     except OSError as error:
-        raise UserError(
-            f"--res_dir {folder} cannot be written ({error.strerror}); choose another folder."
-        ) from error
-    if (folder / CONFIG).exists() and not overwrite:
-        raise UserError(
-            f"{folder} holds the results of an earlier run; add --overwrite or choose another --res_dir."
-        )
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
     return folder
 
 
@@ -100,3 +108,10 @@ def save_overall(res_dir: Path, n_folds: int) -> tuple[np.ndarray, dict[str, flo
     write_json(res_dir / PER_CLASS, per_class)
     write_json(res_dir / OVERALL, overall)
     return total, overall
+
+
+def to_npy(array: np.ndarray) -> bytes:
+    """The content of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()

@@ -1,0 +1,34 @@
+"""Runs the two scripts inside the test process, as their command lines would."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import inference
+import train
+from learning.errors import run_cli
+
+
+def run_command(main: Callable[[], None], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a script's main function with a command line; ends as the script would, by SystemExit, if it is wrong."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *shlex.split(command)])
+    run_cli(main)
+
+
+def run_train(folder: Path, res_dir: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Trains on a folder with 3 folds and small sets of pixels, and returns the results folder."""
+    command = f"--dataset_folder {folder} --res_dir {res_dir} --kfold 3 --npixel 6 --batch_size 4 {options}"
+    run_command(train.main, command, monkeypatch)
+    return res_dir
+
+
+def run_inference(
+    folder: Path, weight_dir: Path, output: Path, options: str, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Predicts a folder and returns the output folder."""
+    command = f"--dataset_folder {folder} --weight_dir {weight_dir} --output_dir {output} {options}"
+    run_command(inference.main, command, monkeypatch)
+    return output
