@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.model_selection import KFold
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from learning.draws import add_noise, choose_pixels, noise_values, parcel_keys, stream_key
@@ -93,20 +94,22 @@ class PixelSetData(Dataset):
             raise UserError(
                 f"no parcel of {folder} has one of the labels {list(sub_classes)}; choose other --sub_classes."
             )
-        self._parcels = np.array(kept)  # rows of the store's index
+        self._ids, self._sizes, self._first = (
+            torch.from_numpy(values[kept])
+            for values in (self.store.ids, self.store.sizes, self.store.offsets[:-1])
+        )
         self.target = np.array([UNKNOWN if codes[i] is None else codes[i] for i in kept], dtype=np.int64)
         self.pid = [str(parcel) for parcel in self.store.ids[kept]]
 
+        self._target = torch.from_numpy(self.target)
         self.extra, self.extra_stats = None, None
         if extra_feature is not None:
             extra, self.extra_stats = read_extra_features(self.folder, extra_feature, self.pid, extra_stats)
             self.extra = torch.from_numpy(extra).float()
         self.n_extra = 0 if self.extra is None else self.extra.shape[1]
+        self._scale, self._shift, self._noise, self._chosen = None, None, None, None
         self.set_norm(norm)
         self._make_noise(int(torch.randint(2**62, ())))
-
-    def _make_noise(self, *words: int | str) -> None:
-        self._noise = None if self.jitter is None else noise_values(stream_key("noise", *words), *self.jitter)
 
     def set_norm(self, norm: Arrays | Sequence[float] | None) -> None:
         """Normalises with another mean and standard deviation; see `norm`."""
@@ -117,12 +120,40 @@ class PixelSetData(Dataset):
             self._scale = torch.from_numpy(1 / std).float()
             self._shift = torch.from_numpy(-mean / std).float()
 
+    def fits_on(self, device: torch.device) -> bool:
+        """Whether the pixels take at most half of the memory that is free on a CUDA device."""
+        return device.type == "cuda" and 2 * self.store.n_bytes < torch.cuda.mem_get_info(device)[0]
+
+    def to(self, device: torch.device) -> "PixelSetData":
+        """The same parcels with pixels and all else on a device, where batches are then drawn and prepared."""
+        view = copy.copy(self)
+        view.store = self.store.to(device)
+        for name in ("_ids", "_sizes", "_first", "_target", "extra", "_scale", "_shift", "_noise"):
+            value = getattr(self, name)
+            setattr(view, name, None if value is None else value.to(device))
+        return view
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches are prepared."""
+        return self._target.device
+
     def epoch_draws(self, *words: int | str) -> "PixelSetData":
         """The same parcels with the draws of one epoch: pure functions of `words` (say seed, fold, epoch) and parcel."""
         view = copy.copy(self)
         view._draw = words
         view._make_noise(*words)
+        if self.device.type != "cpu":  # all at once, since walking to the end of a draw makes the host wait
+            view._chosen = view._choose(view._ids, view._sizes, words)
         return view
+
+    def _make_noise(self, *words: int | str) -> None:
+        self._noise = None
+        if self.jitter is not None:
+            self._noise = noise_values(stream_key("noise", *words), *self.jitter).to(self.device)
+
+    def _choose(self, ids: Tensor, sizes: Tensor, draw: tuple[int | str, ...]) -> Tensor:
+        return choose_pixels(parcel_keys(stream_key("pixels", *draw), ids), sizes, self.npixel)
 
     def evaluation(self, seed: int) -> "PixelSetData":
         """The same parcels without jitter, their pixels drawn by seed and parcel alone: the same at every call."""
@@ -150,47 +181,47 @@ class PixelSetData(Dataset):
             result.append((data, target[i], *(column[i] for column in ids)))
         return result
 
-    def batch(self, items: Sequence[int]) -> tuple[Any, ...]:
+    def batch(self, items: Sequence[int] | Tensor) -> tuple[Any, ...]:
         """Several parcels as one batch: ((pixels, mask), extra), targets (B,) and, if asked for, a list of ids.
 
         pixels (B, T, C, npixel) is a view of pixel-major memory, (B, npixel, T, C), the order in which the store
         keeps and the models use them; mask (B, T, npixel) and extra (B, T, F) repeat one row per parcel.
         """
-        items = np.asarray(items)
+        items = torch.as_tensor(items, device=self.device)
         B, S, L, C = len(items), self.npixel, self.n_dates, self.n_channels
+        ids, sizes, first = self._ids[items], self._sizes[items], self._first[items]
         draw = self._draw if self._draw is not None else (int(torch.randint(2**62, ())),)
-        parcels = self._parcels[items]
-        ids = torch.from_numpy(self.store.ids[parcels])
-        sizes = torch.from_numpy(self.store.sizes[parcels])
-        first = torch.from_numpy(self.store.offsets[parcels])
-        chosen = choose_pixels(parcel_keys(stream_key("pixels", *draw), ids), sizes, S)
-        empty = sizes == 0
-        source = torch.where(empty, 0, first).unsqueeze(1) + chosen  # an empty parcel borrows a pixel, set to 0 below
+        chosen = self._choose(ids, sizes, draw) if self._chosen is None else self._chosen[items]
+        empty = (sizes == 0).unsqueeze(1)
+        rows = (
+            torch.where(empty, 0, first.unsqueeze(1)) + chosen
+        )  # an empty parcel borrows pixels, set to 0 below
         noise_keys = parcel_keys(stream_key("jitter", *draw), ids)
-        x = torch.empty(B, S, L * C)
-        for start in range(0, B, PARCELS_PER_CHUNK):
-            chunk = slice(start, start + PARCELS_PER_CHUNK)
-            raw = self.store.gather(source[chunk].reshape(-1).numpy())
-            part = x[chunk].view(-1, L * C).copy_(torch.from_numpy(raw))
-            x[chunk][empty[chunk]] = 0
+        x = torch.empty(B, S, L * C, device=self.device)
+        step = PARCELS_PER_CHUNK if self.device.type == "cpu" else B
+        for chunk in (slice(start, start + step) for start in range(0, B, step)):
+            part = x[chunk].view(-1, L * C)
+            self.store.read(rows[chunk].reshape(-1), out=part)
+            x[chunk].masked_fill_(empty[chunk].unsqueeze(2), 0)
             if self.norm is not None:
                 torch.addcmul(self._shift, part, self._scale, out=part)
             if self.jitter is not None:
                 add_noise(part, noise_keys[chunk], self._noise)
         pixels = x.view(B, S, L, C).permute(0, 2, 3, 1)
-        mask = (torch.arange(S) < sizes.clamp(min=1).unsqueeze(1)).float().unsqueeze(1).expand(-1, L, -1)
-        data: Any = (pixels, mask)
+        filled = torch.arange(S, device=self.device) < sizes.clamp(min=1).unsqueeze(1)
+        data: Any = (pixels, filled.float().unsqueeze(1).expand(-1, L, -1))
         if self.extra is not None:
             data = data, self.extra[items].unsqueeze(1).expand(-1, L, -1)
-        targets = torch.from_numpy(self.target[items])
-        return (data, targets, [self.pid[i] for i in items]) if self.return_id else (data, targets)
+        target = self._target[items]
+        return (data, target, [self.pid[i] for i in items.tolist()]) if self.return_id else (data, target)
 
     def mean_series(self, item: int) -> np.ndarray:
         """Mean over all pixels of one parcel, not normalised, (T, C); zeros for a parcel without pixels."""
-        first, last = self.store.offsets[self._parcels[item] + np.arange(2)]
-        pixels = self.store.gather(np.arange(first, last))
-        mean = pixels.mean(0, dtype=np.float64) if len(pixels) else np.zeros(pixels.shape[1])
-        return mean.reshape(self.n_dates, self.n_channels)
+        first, size = int(self._first[item]), int(self._sizes[item])
+        pixels = torch.empty(size, self.n_dates * self.n_channels, dtype=torch.float64)
+        self.store.read(torch.arange(first, first + size), out=pixels)
+        mean = pixels.mean(0) if size else pixels.sum(0)
+        return mean.view(self.n_dates, self.n_channels).numpy()
 
 
 class PixelSetData_preloaded(PixelSetData):
@@ -243,7 +274,12 @@ class _Batches(Dataset):
 def batch_loader(
     dataset: PixelSetData, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
 ) -> DataLoader:
-    """A loader of whole batches as `PixelSetData.batch` builds them; num_workers does not change them."""
+    """A loader of whole batches as `PixelSetData.batch` builds them; num_workers does not change them.
+
+    A dataset on a GPU prepares its batches there, without worker processes.
+    """
+    if dataset.device.type != "cpu":
+        num_workers, pin_memory = 0, False
     return DataLoader(
         _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=pin_memory
     )
@@ -284,7 +320,5 @@ def find_norm(dataset: PixelSetData, path: str | Path | None = None) -> tuple[Ar
         if path is not None or candidate.exists():
             return read_norm(candidate, shape), f"mean and standard deviation from {candidate}"
     mean, std = dataset.store.statistics()
-    return (
-        mean,
-        np.where(std > 0, std, 1),
-    ), "mean and standard deviation computed per date and channel, no file gives them"
+    source = "mean and standard deviation computed per date and channel, since no file gives them"
+    return (mean, np.where(std > 0, std, 1)), source

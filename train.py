@@ -104,6 +104,8 @@ def main() -> None:
     write_json(res_dir / CONFIG, config)
     save_normalisation(res_dir, dataset.norm, dataset.extra_stats)
 
+    if dataset.fits_on(device):
+        dataset = dataset.to(device)
     clock = Clock(args.kfold * args.epochs)
     logs, tests = {}, []
     for fold, split in enumerate(splits, start=1):

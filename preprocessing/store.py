@@ -4,18 +4,24 @@ A dataset folder has one file per parcel, (T, C, S). Training reads a random sub
 so the store keeps pixels together, (pixels, T, C), in the type of the files; a batch is then one gather of rows.
 """
 
+import copy
 import hashlib
+import io
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock
+from torch import Tensor
 from tqdm import tqdm
 
 from learning.errors import UserError
+from learning.files import write_bytes
 
 FORMAT = 1  # part of every store's name: raise it when the layout changes
 _CHUNK = 2**24  # numbers that statistics take at a time
@@ -41,6 +47,7 @@ class PixelStore:
         pixels = np.load(path / "pixels.npy", mmap_mode=None if in_memory else "r")
         _, self.n_dates, self.n_channels = pixels.shape
         self._rows = pixels.reshape(len(pixels), -1)
+        self._on_device: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PixelStore, (
@@ -53,9 +60,36 @@ class PixelStore:
         """Number of pixels of each parcel, (N,)."""
         return np.diff(self.offsets)
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Pixels at the given rows, (len(rows), T * C), in the type of the files."""
-        return self._rows.take(rows, axis=0)
+    @property
+    def n_bytes(self) -> int:
+        """Room that the pixels take."""
+        return self._rows.nbytes
+
+    def read(self, rows: Tensor, out: Tensor) -> None:
+        """Reads the pixels at the given rows into `out`, (len(rows), T * C), of any floating type."""
+        if self._on_device is None:
+            out.copy_(torch.from_numpy(self._rows.take(rows.numpy(), axis=0)))
+        elif self._rows.dtype == np.uint16:
+            out.copy_(self._on_device.index_select(0, rows).int().bitwise_and_(0xFFFF))
+        else:
+            out.copy_(self._on_device.index_select(0, rows))
+
+    def to(self, device: torch.device) -> "PixelStore":
+        """The same store with its pixels in the memory of a device, where `read` then works."""
+        view = copy.copy(self)
+        if self._rows.dtype == np.uint16:
+            rows = self._rows.view(np.int16)  # same bits: devices select rows of signed types only
+        elif self._rows.dtype.kind == "u" and self._rows.dtype.itemsize > 1:
+            rows = self._rows.astype(np.float32)
+        else:
+            rows = self._rows
+        view._on_device = torch.empty(
+            rows.shape, dtype=torch.from_numpy(rows[:1].copy()).dtype, device=device
+        )
+        step = max(1, _CHUNK // rows.shape[1])
+        for start in tqdm(range(0, len(rows), step), f"pixels to {device}", leave=False, delay=2):
+            view._on_device[start : start + step] = torch.from_numpy(np.array(rows[start : start + step]))
+        return view
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation over all pixels per date and channel, two (T, C) float32 arrays.
@@ -75,9 +109,11 @@ class PixelStore:
             shape = self.n_dates, self.n_channels
             mean = (centre + total / n).reshape(shape).astype(np.float32)
             std = np.sqrt(variance).reshape(shape).astype(np.float32)
-            with tempfile.NamedTemporaryFile(dir=self.path, suffix=".npz", delete=False) as file:
-                np.savez(file, mean=mean, std=std)
-            os.replace(file.name, cached)
+            buffer = io.BytesIO()
+            np.savez(buffer, mean=mean, std=std)
+            with suppress(OSError):  # the folder of somebody else may be read, not written
+                write_bytes(cached, buffer.getvalue())
+            return mean, std
         with np.load(cached) as arrays:
             return arrays["mean"], arrays["std"]
 
@@ -113,7 +149,14 @@ def open_store(
                 f"the packed copy of {folder} cannot be written in {parent} ({error.strerror or error}); "
                 "make room there or choose another folder with --cache_dir."
             ) from error
-    return PixelStore(path, in_memory)
+    try:
+        return PixelStore(path, in_memory)
+    except MemoryError:
+        raise UserError(f"the pixels of {folder} do not fit into memory; leave --preload out.") from None
+    except Exception as error:  # damaged bytes can fail in any way
+        raise UserError(
+            f"the packed copy {path} is damaged ({error}); remove it, it is made again from the files of DATA."
+        ) from error
 
 
 def _list_files(folder: Path) -> dict[int, os.stat_result]:
@@ -128,11 +171,14 @@ def _list_files(folder: Path) -> dict[int, os.stat_result]:
             name, suffix = os.path.splitext(entry.name)
             if suffix != ".npy" or name.startswith("."):
                 continue
-            if not (name.isascii() and name.isdigit() and str(int(name)) == name):
+            if not (name.isascii() and name.isdigit() and str(int(name)) == name and int(name) < 2**63):
                 raise UserError(
                     f"{entry.path}: a parcel's file is named by its id, a whole number such as 17.npy."
                 )
-            files[int(name)] = entry.stat()
+            try:
+                files[int(name)] = entry.stat()
+            except OSError as error:  # such as a link that leads nowhere
+                raise UserError(f"{entry.path} cannot be read ({error.strerror}).") from error
     if not files:
         raise UserError(f"{folder / 'DATA'} contains no .npy file; expected one <id>.npy per parcel.")
     return dict(sorted(files.items()))
@@ -210,9 +256,11 @@ def _read_header(name: Path) -> Header:
         raise UserError(
             f"{name} is not a NumPy array file, or its beginning is damaged; write it again with numpy.save."
         ) from error
-    if dtype.kind not in "uifb":
-        raise UserError(f"{name} holds values of type {dtype}; expected numbers (integers or floats).")
-    if len(shape) != 3:
+    if dtype.kind not in "uifb" or dtype.itemsize > 8:
+        raise UserError(
+            f"{name} holds values of type {dtype}; expected numbers, integers or floats of at most 64 bits."
+        )
+    if len(shape) != 3 or 0 in shape[:2]:
         raise UserError(f"{name} has shape {shape}; expected three axes: dates, channels, pixels.")
     expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if present < expected:
@@ -232,10 +280,13 @@ def _read_values(name: Path, header: Header) -> np.ndarray:
         raise UserError(
             f"{name} changed or vanished while it was read; start again once the dataset is complete."
         )
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        date, channel, _ = np.argwhere(~np.isfinite(values))[0]
-        raise UserError(
-            f"{name} contains NaN or infinity (first at date {date}, channel {channel}); "
-            "fill the gap or leave the parcel out."
-        )
+    if values.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(values.astype(np.float32, copy=False))  # what the models compute with
+        if not finite.all():
+            date, channel, _ = np.argwhere(~finite)[0]
+            raise UserError(
+                f"{name} contains NaN, infinity or a number beyond 3e38 (first at date {date}, channel {channel}); "
+                "fill the gap or leave the parcel out."
+            )
     return values
