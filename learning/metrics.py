@@ -6,7 +6,9 @@ from sklearn.metrics import confusion_matrix
 
 
 def mIou(y_true: ArrayLike, y_pred: ArrayLike, n_classes: int) -> float:
-    """Mean IoU over the classes below n_classes that are present in either vector; values in 0..1."""
+    """Mean IoU over the classes below n_classes that are present in either vector, in 0..1; nan without any."""
+    if not np.size(y_true):
+        return float("nan")
     size = 1 + int(max(n_classes - 1, np.max(y_true), np.max(y_pred)))
     return mean_iou(confusion_matrix(y_true, y_pred, labels=range(size)), n_classes)
 
@@ -19,8 +21,8 @@ def mean_iou(mat: NDArray, n_classes: int | None = None) -> float:
 
 
 def accuracy(mat: NDArray) -> float:
-    """Share of samples classified right, in 0..1."""
-    return float(np.trace(mat) / mat.sum())
+    """Share of samples classified right, in 0..1; nan without samples."""
+    return float(_ratio(np.trace(mat), mat.sum()))
 
 
 def confusion_matrix_analysis(mat: NDArray) -> tuple[dict[str, dict[str, float]], dict[str, float]]:

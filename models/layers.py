@@ -31,7 +31,10 @@ class PositionalTable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Adds to the dates of x, (B, L, E), their rows of the table."""
-        return x + self.weight[self.first_row : self.first_row + x.shape[1]]
+        rows = self.weight[self.first_row : self.first_row + x.shape[1]]
+        if len(rows) < x.shape[1]:
+            raise ValueError(f"the series has {x.shape[1]} dates but the model was made for {len(rows)}.")
+        return x + rows
 
 
 def sinusoid_table(positions: Sequence[float], width: int, T: float) -> Tensor:

@@ -1,0 +1,24 @@
+"""Settings of the whole suite: no display, one thread, and GPU tests that say when they are skipped."""
+
+import os
+
+# Before anything imports matplotlib; commands under test inherit it.
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+# The tensors are tiny: on busy cores, threads that wait for each other take five times as long as one alone.
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, with a note, where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
