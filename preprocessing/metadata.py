@@ -1,5 +1,6 @@
 """What stands beside the pixels in a dataset folder: labels, dates, extra features, mean and standard deviation."""
 
+import reprlib
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,16 +13,19 @@ from learning.files import read_json
 from learning.safe_pickle import load_arrays
 
 Arrays = tuple[np.ndarray, np.ndarray]
+_LABELS = "{nomenclature: {parcel id: label}}"
+_DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}'
+_EXTRA = "{parcel id: number or list of numbers}"
 
 
 def read_nomenclatures(folder: str | Path) -> dict[str, dict[str, int]]:
     """META/labels.json: {nomenclature: {id: label}}."""
     path = Path(folder) / "META" / "labels.json"
-    nomenclatures = read_json(path)
+    nomenclatures = read_json(path, _LABELS)
     if not isinstance(nomenclatures, dict) or not all(
         isinstance(labels, dict) for labels in nomenclatures.values()
     ):
-        raise UserError(f"{path} is not as expected; expected {{nomenclature: {{parcel id: label}}}}.")
+        raise UserError(f"{path} is something else; expected {_LABELS}.")
     return nomenclatures
 
 
@@ -43,25 +47,30 @@ def read_labels(
             raise UserError(
                 f"parcel {parcel} has no label in {nomenclature!r} of {path}; add it or remove the parcel's file."
             )
-        if code is not None and (isinstance(code, bool) or not isinstance(code, int)):
-            raise UserError(f"parcel {parcel} has the label {code!r} in {path}; expected a whole number.")
+        if code is not None and (isinstance(code, bool) or not isinstance(code, int) or abs(code) >= 2**63):
+            raise UserError(
+                f"parcel {parcel} has the label {code!r} in {path}; expected a whole number, without quotes or point."
+            )
     return codes
 
 
 def read_date_positions(folder: Path, n_dates: int) -> list[int]:
     """Days of the dates in META/dates.json, {"0": YYYYMMDD, ...}, since the first one."""
     path = folder / "META" / "dates.json"
-    dates = read_json(path)
+    dates = read_json(path, _DATES)
     if not isinstance(dates, dict) or set(dates) != {str(i) for i in range(len(dates))}:
-        raise UserError(f'{path} is not as expected; expected {{"0": YYYYMMDD, "1": YYYYMMDD, ...}}.')
+        raise UserError(f"{path} is something else; expected {_DATES}.")
     if len(dates) != n_dates:
         raise UserError(f"{path} lists {len(dates)} dates but the parcels have {n_dates}; they must agree.")
     days = []
     for i in range(n_dates):
+        text = str(dates[str(i)])
         try:
-            days.append(datetime.strptime(str(dates[str(i)]), "%Y%m%d"))
+            days.append(datetime.strptime(text if len(text) == 8 else "", "%Y%m%d"))
         except ValueError:
-            raise UserError(f"{path}: date {i} is {dates[str(i)]!r}; expected YYYYMMDD.") from None
+            raise UserError(
+                f"{path}: date {i} is {dates[str(i)]!r}; expected a day as YYYYMMDD, such as 20170131."
+            ) from None
     return [(day - days[0]).days for day in days]
 
 
@@ -73,25 +82,26 @@ def read_extra_features(
     The statistics are those of all parcels in the file (deviation with n - 1), unless given.
     """
     path = folder / "META" / f"{name}.json"
-    values = read_json(path)
+    values = read_json(path, f"{_EXTRA}, or the flag --geomfeat 0")
     if not isinstance(values, dict):
-        raise UserError(f"{path} is not as expected; expected {{parcel id: number or list of numbers}}.")
+        raise UserError(f"{path} is something else; expected {_EXTRA}.")
     missing = [parcel for parcel in pid if parcel not in values]
     if missing:
         raise UserError(
             f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it or train with --geomfeat 0."
         )
-    try:
-        table = {
-            parcel: np.atleast_1d(np.asarray(value, dtype=np.float64)) for parcel, value in values.items()
-        }
-        everything = np.stack(list(table.values()))
-        if everything.ndim != 2 or not np.isfinite(everything).all():
-            raise ValueError
-    except (TypeError, ValueError):
-        raise UserError(
-            f"{path} must give every parcel a finite number, or a list of as many for each."
-        ) from None
+    table = {parcel: _to_vector(value) for parcel, value in values.items()}
+    first, width = next((parcel, len(vector)) for parcel, vector in table.items())
+    for parcel, vector in table.items():
+        if not len(vector):
+            raise UserError(
+                f"{path}: parcel {parcel} has {reprlib.repr(values[parcel])}; expected a finite number or a list of such."
+            )
+        if len(vector) != width:
+            raise UserError(
+                f"{path}: parcel {parcel} has {len(vector)} number(s), parcel {first} has {width}; all must agree."
+            )
+    everything = np.stack(list(table.values()))
     if stats is None:
         std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
         stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
@@ -101,6 +111,15 @@ def read_extra_features(
             f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
         )
     return (np.stack([table[parcel] for parcel in pid]) - mean) / std, stats
+
+
+def _to_vector(value: Any) -> np.ndarray:
+    """A finite number, or a list of such, as a vector; an empty one for anything else."""
+    try:
+        vector = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError, OverflowError):
+        return np.empty(0)
+    return vector if vector.ndim == 1 and np.isfinite(vector).all() else np.empty(0)
 
 
 def check_norm(norm: Any, shape: tuple[int, int], source: str | Path = "norm") -> Arrays:

@@ -1,0 +1,1 @@
+"""Makes dataset folders in the published format."""
