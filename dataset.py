@@ -18,10 +18,10 @@ from preprocessing.metadata import (
     check_norm,
     read_date_positions,
     read_extra_features,
-    read_labels,
+    read_nomenclature,
     read_norm,
 )
-from preprocessing.store import open_store
+from preprocessing.store import check_folder, open_store
 
 STATISTICS_FILES = ("S2-2017-T31TFM-meanstd.pkl", "normalisation_values.pkl")
 PARCELS_PER_CHUNK = 8  # a batch is prepared in pieces that stay in the cache
@@ -78,14 +78,24 @@ class PixelSetData(Dataset):
         extra_stats: Arrays | None = None,
     ) -> None:
         self.folder, self.npixel, self.jitter, self.return_id = Path(folder), npixel, jitter, return_id
+        check_folder(self.folder)  # and META: packing can take long, what can be wrong is looked at before
+        self.date_positions = read_date_positions(self.folder)
+        nomenclature = {} if labels is None else read_nomenclature(self.folder, labels)
         self.store = open_store(folder, cache_dir, self.in_memory)
         self.n_dates, self.n_channels = self.store.n_dates, self.store.n_channels
-        self.date_positions = read_date_positions(self.folder, self.n_dates)
+        if len(self.date_positions) != self.n_dates:
+            raise UserError(
+                f"{self.folder / 'META' / 'dates.json'} lists {len(self.date_positions)} dates but the parcels have "
+                f"{self.n_dates}; they must agree."
+            )
         self._draw: tuple[int | str, ...] | None = None
 
-        codes = [None] * len(self.store.ids)
-        if labels is not None:
-            codes = read_labels(self.folder, labels, self.store.ids, optional=keep_all)
+        codes = [nomenclature.get(str(parcel)) for parcel in self.store.ids]
+        if labels is not None and not keep_all and None in codes:
+            raise UserError(
+                f"parcel {self.store.ids[codes.index(None)]} has no label in {labels!r} of "
+                f"{self.folder / 'META' / 'labels.json'}; add it or remove the parcel's file."
+            )
         if sub_classes is not None:
             index = {code: i for i, code in enumerate(sub_classes)}
             codes = [index.get(code) for code in codes]
@@ -303,6 +313,11 @@ def fold_splits(n_parcels: int, kfold: int, seed: int) -> list[tuple[list[int], 
     np.random.RandomState(seed).shuffle(order)
     folds = list(KFold(n_splits=kfold, shuffle=False).split(order))
     n_val = len(folds[0][1])
+    if n_parcels - 2 * n_val < 2:
+        raise UserError(
+            f"the dataset has {n_parcels} parcels for --kfold {kfold}, which leaves fewer than two to train on; "
+            "use more parcels."
+        )
     return [
         (order[rest[:-n_val]].tolist(), order[rest[-n_val:]].tolist(), order[test].tolist())
         for rest, test in folds

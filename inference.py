@@ -12,7 +12,7 @@ import torch
 from dataset import UNKNOWN, BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
 from learning.engine import progress_bar
 from learning.errors import UserError, as_user_error, run_cli
-from learning.files import read_json, write_bytes
+from learning.files import write_bytes
 from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.options import (
     ARCHITECTURE,
@@ -23,17 +23,19 @@ from learning.options import (
     Parser,
     add_architecture_options,
     add_data_options,
+    check_typed,
     classifier_name,
     hyperparameters,
     read_preset,
     resolve_architecture,
     typed_architecture,
 )
-from learning.results import CONFIG, load_normalisation, prepare_output, to_npy
+from learning.results import CONFIG, NORMALISATION, load_normalisation, prepare_output, read_config, to_npy
 from learning.runtime import choose_device, count_workers, describe_device, recursive_todevice
 from models import stclassifier
 from models.stclassifier import Ensemble
 from models.weights import choose_folds
+from preprocessing.metadata import check_norm, read_nomenclatures
 from preprocessing.simulate import embedded_dataset
 
 PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
@@ -64,6 +66,8 @@ def main() -> None:
         choose_folds(args.weight_dir, args.fold)  # before the data are read, which can take long
     output = prepare_output(args.output_dir)
     run = read_run(Path(args.weight_dir))
+    if args.sub_classes and len(set(args.sub_classes)) < len(args.sub_classes):
+        raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
     classes = args.sub_classes or run.get("sub_classes") or list(CLASSES_20)
     dataset = open_dataset(args, run, classes)
     config = read_architecture(args, run, dataset, len(classes))
@@ -83,19 +87,10 @@ def main() -> None:
 
 def read_run(weight_dir: Path) -> dict[str, Any]:
     """The configuration of a training run; empty for bare weights, such as the published ones."""
-    path = weight_dir / CONFIG
-    if not path.exists():
-        print(f"Configuration: {weight_dir} has no {CONFIG}, so published defaults and flags")
-        return {}
-    run = read_json(path)
-    missing = [
-        name
-        for name in (*ARCHITECTURE, "n_extra", "sub_classes")
-        if not isinstance(run, dict) or name not in run
-    ]
-    if missing:
-        raise UserError(f"{path} has no entry {missing[0]!r}; expected the file that train.py wrote.")
-    return run
+    if (weight_dir / CONFIG).exists():
+        return read_config(weight_dir)
+    print(f"Configuration: {weight_dir} has no {CONFIG}, so published defaults and flags")
+    return {}
 
 
 def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[int]) -> PixelSetData:
@@ -104,13 +99,22 @@ def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[in
     if folder is None:
         folder = embedded_dataset()
         print(f"Dataset: the embedded simulated one, in {folder}; --dataset_folder chooses another")
+    folder = Path(folder)
     labels = getattr(args, "labels", None)
-    if labels is None and (Path(folder) / "META" / "labels.json").exists():
-        labels = run.get("labels", LABELS)
-    has_extra = (Path(folder) / "META" / f"{EXTRA_FEATURE}.json").exists()
+    if labels is None and (folder / "META" / "labels.json").exists():
+        usual = run.get("labels", LABELS)
+        labels = usual if usual in read_nomenclatures(folder) else None
+    has_extra = (folder / "META" / f"{EXTRA_FEATURE}.json").exists()
     wants_extra = run.get("n_extra", 0) > 0 if run else has_extra
     extra = EXTRA_FEATURE if args.geomfeat or (args.geomfeat is None and wants_extra) else None
-    norm, extra_stats = load_normalisation(Path(args.weight_dir))
+    weight_dir = Path(args.weight_dir)
+    norm, extra_stats = load_normalisation(weight_dir)
+    expected = 2 * [(run["n_extra"],)] if run and run["n_extra"] else []
+    if run and norm is not None and [values.shape for values in extra_stats or ()] != expected:
+        raise UserError(
+            f"{weight_dir / NORMALISATION} does not hold the statistics of {run['n_extra']} extra features; "
+            "copy it again from the training."
+        )
     kind = PixelSetData_preloaded if args.preload else PixelSetData
     dataset = kind(
         folder,
@@ -132,7 +136,12 @@ def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[in
             print(
                 "Dates: not those of the training; the model takes each for the training's date of the same rank"
             )
-    dataset.set_norm(norm if norm is not None and args.norm is None else find_norm(dataset, args.norm)[0])
+    if norm is not None and args.norm is None:
+        dataset.set_norm(check_norm(norm, (dataset.n_dates, dataset.n_channels), weight_dir / NORMALISATION))
+    else:
+        norm, source = find_norm(dataset, args.norm)
+        dataset.set_norm(norm)
+        print(f"Normalisation: {source}")
     return dataset
 
 
@@ -142,7 +151,14 @@ def read_architecture(
     """The architecture of the run, where flags override it; of published defaults and flags for bare weights."""
     typed = typed_architecture(args)
     if run and args.preset is None:
-        return {name: run[name] for name in ARCHITECTURE} | typed
+        config = {name: run[name] for name in ARCHITECTURE} | typed
+        check_typed(typed, config, dataset.n_channels, dataset.n_dates, n_classes)
+        if n_classes != config["mlp4"][-1]:
+            raise UserError(
+                f"--sub_classes names {n_classes} labels but the model tells {config['mlp4'][-1]} apart; leave it out "
+                "or name as many."
+            )
+        return config
     return resolve_architecture(
         typed, read_preset(args.preset), dataset.n_channels, dataset.n_dates, dataset.n_extra, n_classes
     )

@@ -25,11 +25,11 @@ from learning.options import (
     add_data_options,
     build_model,
     choose_classes,
-    natural,
     non_negative,
     positive,
     read_preset,
     resolve_architecture,
+    seed,
     typed_architecture,
 )
 from learning.plots import plot_confusion, plot_training
@@ -38,6 +38,7 @@ from learning.results import (
     TRAINLOG,
     fold_folder,
     prepare_folder,
+    remove_folds,
     save_checkpoint,
     save_figure,
     save_normalisation,
@@ -65,9 +66,7 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--gamma", type=non_negative, default=1.0, help="gamma of the focal loss; 0 is cross-entropy"
     )
-    group.add_argument(
-        "--rdm_seed", type=natural, default=1, help="seed of the folds and of every random draw"
-    )
+    group.add_argument("--rdm_seed", type=seed, default=1, help="seed of the folds and of every random draw")
     group.add_argument(
         "--display_step", type=positive, default=50, help="batches between two looks at the loss"
     )
@@ -101,6 +100,7 @@ def main() -> None:
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
+    remove_folds(res_dir)
     write_json(res_dir / CONFIG, config)
     save_normalisation(res_dir, dataset.norm, dataset.extra_stats)
 

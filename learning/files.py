@@ -24,18 +24,22 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(_without_nan(value), indent=2) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, expected: str = "a JSON file") -> Any:
     """Reads a JSON file.
 
+    Args:
+        path: the file; in UTF-8, with or without a byte order mark.
+        expected: what it holds, for the message.
+
     Raises:
-        UserError: naming the file, if it is missing or damaged.
+        UserError: naming the file and what is expected there, if it is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected {expected}.") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from error
+        raise UserError(f"{path} is not valid JSON ({error}); expected {expected}.") from error
 
 
 def _without_nan(value: Any) -> Any:

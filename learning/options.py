@@ -100,6 +100,13 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Reads a seed that NumPy's published shuffle of the folds takes."""
+    if natural(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def fraction(text: str) -> float:
     """Reads a number from 0 up to, not including, 1."""
     value = non_negative(text)
@@ -256,15 +263,14 @@ def choose_classes(present: Sequence[int], asked: Sequence[int] | None) -> list[
     return classes
 
 
-def resolve_architecture(
-    typed: dict[str, Any], preset: dict[str, Any], n_channels: int, n_dates: int, n_extra: int, n_classes: int
-) -> dict[str, Any]:
-    """All architecture settings, from what is typed, the data and a preset; see the head of this file.
+def check_typed(
+    typed: dict[str, Any], config: dict[str, Any], n_channels: int, n_dates: int, n_classes: int
+) -> None:
+    """Checks the flags that were typed, and the configuration that they made, against the data.
 
     Raises:
-        UserError: if a typed flag contradicts the data. Sizes that contradict each other are found by the model.
+        UserError: if a flag contradicts the data, or two architectures are asked for.
     """
-    config = {**ARCHITECTURE, **(TAE_DEFAULTS if {**preset, **typed}.get("tae") else {}), **preset, **typed}
     if sum(bool(config[name]) for name in ("tae", "gru", "tcnn")) > 1:
         raise UserError("more than one of --tae, --gru and --tcnn is given; choose one.")
     for flag, told, what in (
@@ -276,7 +282,19 @@ def resolve_architecture(
             raise UserError(
                 f"--{flag} is {typed[flag]} but the dataset has {told} {what}; leave --{flag} out."
             )
-        config[flag] = told
+
+
+def resolve_architecture(
+    typed: dict[str, Any], preset: dict[str, Any], n_channels: int, n_dates: int, n_extra: int, n_classes: int
+) -> dict[str, Any]:
+    """All architecture settings, from what is typed, the data and a preset; see the head of this file.
+
+    Raises:
+        UserError: if a typed flag contradicts the data. Sizes that contradict each other are found by the model.
+    """
+    config = {**ARCHITECTURE, **(TAE_DEFAULTS if {**preset, **typed}.get("tae") else {}), **preset, **typed}
+    check_typed(typed, config, n_channels, n_dates, n_classes)
+    config |= {"input_dim": n_channels, "lms": n_dates, "num_classes": n_classes}
 
     def follow(name: str, position: int, value: int) -> None:
         """Sets one width of a list that was not typed."""
@@ -307,13 +325,15 @@ def resolve_architecture(
 def _resolve_attention(config: dict[str, Any], typed: dict[str, Any], follow: Any) -> None:
     """Makes d_model and mlp3[0] agree: L-TAE's heads share d_model channels, each of TAE's gives them all."""
     in_channels = config["mlp2"][-1]
-    copies = config["n_head"] if config["tae"] else 1
+    n_head = config["n_head"]
+    copies = n_head if config["tae"] else 1
     if "mlp3" not in typed:
         follow("mlp3", 0, copies * (config["d_model"] or in_channels))
     elif typed.get("d_model") is None:
-        if config["mlp3"][0] % copies:
+        if config["mlp3"][0] % n_head:
             raise UserError(
-                f"--mlp3 starts with {config['mlp3'][0]}, which --n_head {copies} does not divide; TAE needs n_head x d_model."
+                f"--mlp3 starts with {config['mlp3'][0]}, which --n_head {n_head} does not divide; start it with a "
+                "multiple, an equal part for every head."
             )
         d_model = config["mlp3"][0] // copies
         config["d_model"] = None if d_model == in_channels else d_model

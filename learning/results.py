@@ -1,7 +1,11 @@
 """The files of a results folder."""
 
 import io
+import math
 import pickle
+import reprlib
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from learning.errors import UserError
-from learning.files import write_bytes, write_json
+from learning.files import read_json, write_bytes, write_json
 from learning.metrics import confusion_matrix_analysis
 from learning.safe_pickle import load_arrays
 
@@ -25,11 +29,17 @@ def prepare_folder(res_dir: str | Path, overwrite: bool) -> Path:
         UserError: if it cannot be written, or holds results and `overwrite` is not set.
     """
     folder = prepare_output(res_dir)
-    if (folder / CONFIG).exists() and not overwrite:
+    if ((folder / CONFIG).exists() or any(folder.glob("Fold_*"))) and not overwrite:
         raise UserError(
             f"{folder} holds the results of an earlier run; add --overwrite or choose another --res_dir."
         )
     return folder
+
+
+def remove_folds(res_dir: Path) -> None:
+    """Removes the folds of an earlier run; of more folds than this one makes, inference would use the rest too."""
+    for path in res_dir.glob("Fold_*"):
+        shutil.rmtree(path)
 
 
 def prepare_output(path: str | Path) -> Path:
@@ -46,6 +56,24 @@ def prepare_output(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
     return folder
+
+
+def read_config(res_dir: Path) -> dict[str, Any]:
+    """Reads conf.json, of which inference uses the entries in `_ENTRIES`.
+
+    Raises:
+        UserError: if the file is damaged or not the one that train.py wrote.
+    """
+    path = res_dir / CONFIG
+    config = read_json(path, "the file that train.py wrote")
+    for name, is_valid in _ENTRIES.items():
+        if not isinstance(config, dict) or name not in config:
+            raise UserError(f"{path} has no entry {name!r}; expected the file that train.py wrote.")
+        if not is_valid(config[name]):
+            raise UserError(
+                f"{path} is damaged: {name!r} is {reprlib.repr(config[name])}; expected the file that train.py wrote."
+            )
+    return config
 
 
 def fold_folder(res_dir: Path, fold: int) -> Path:
@@ -94,6 +122,9 @@ def load_normalisation(res_dir: Path) -> tuple[tuple | None, tuple | None]:
         with np.load(path, allow_pickle=False) as arrays:
             norm = arrays["mean"], arrays["std"]
             extra = (arrays["extra_mean"], arrays["extra_std"]) if "extra_mean" in arrays else None
+        for mean, std in (norm, *([extra] if extra else [])):
+            if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+                raise ValueError("a value is not finite, or a standard deviation not above 0")
     except Exception as error:  # damaged bytes can fail in any way
         raise UserError(
             f"{path} is damaged ({error}); copy it again or remove it and give --norm."
@@ -115,3 +146,30 @@ def to_npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def _is_whole(value: Any, least: int = 1) -> bool:
+    """Whether a value of a JSON file is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_list(value: Any, least: float = 1) -> bool:
+    """Whether a value of a JSON file is a list of such numbers, not empty."""
+    return isinstance(value, list) and bool(value) and all(_is_whole(item, least) for item in value)
+
+
+# What inference reads from conf.json, and what is expected there.
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("input_dim", "n_head", "d_k", "T", "lms", "num_classes", "hidden_dim", "npixel"), _is_whole
+    ),
+    **dict.fromkeys(("mlp1", "mlp2", "mlp3", "mlp4", "nker"), _is_list),
+    **dict.fromkeys(("tae", "gru", "tcnn"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("n_extra", "rdm_seed"), lambda value: _is_whole(value, 0)),
+    **dict.fromkeys(("sub_classes", "date_positions"), lambda value: _is_list(value, -math.inf)),
+    "d_model": lambda value: value is None or _is_whole(value),
+    "dropout": lambda value: isinstance(value, float) and 0 <= value < 1,
+    "pooling": lambda value: isinstance(value, str),
+    "positions": lambda value: value in ("bespoke", "order"),
+    "labels": lambda value: isinstance(value, str),
+}

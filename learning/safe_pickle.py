@@ -19,27 +19,42 @@ def load_arrays(path: str | Path) -> Any:
     try:
         return _ArrayUnpickler(io.BytesIO(data)).load()
     except Exception as error:  # damaged bytes can fail in any way
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # in one line
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}: {error}); expected a pickle of NumPy arrays and nothing else."
+            f"{path} cannot be read ({reason}); expected a pickle of NumPy arrays and nothing else."
         ) from error
 
 
-def _reconstruct(subtype: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    return np.empty(0)  # its content follows separately
+class _Type:
+    """Stands for numpy.dtype, which believes a pickle that bytes are Python objects, and follows them as pointers."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "biuf":
+            raise pickle.UnpicklingError(f"it holds values of type {self.dtype}, not numbers")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
 
 
-def _scalar(dtype: np.dtype, data: bytes) -> Any:
-    return np.frombuffer(data, _plain(dtype))[0]
+class _Array(np.ndarray):
+    """An array whose content follows separately."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        version, shape, kind, is_fortran, data = state
+        super().__setstate__((version, shape, kind.dtype, is_fortran, data))
 
 
-def _from_buffer(data: bytes, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    return np.frombuffer(data, _plain(dtype)).reshape(shape, order=order).copy()
+def _reconstruct(subtype: str, shape: tuple[int, ...], code: bytes) -> np.ndarray:
+    return _Array(0)
 
 
-def _plain(dtype: np.dtype) -> np.dtype:
-    if dtype.hasobject:
-        raise pickle.UnpicklingError("arrays of Python objects are not read")
-    return dtype
+def _scalar(kind: _Type, data: bytes) -> Any:
+    return np.frombuffer(data, kind.dtype)[0]
+
+
+def _from_buffer(data: bytes, kind: _Type, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(data, kind.dtype).reshape(shape, order=order).copy()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -48,8 +63,8 @@ def _encode(text: str, encoding: str) -> bytes:
 
 # What pickles of NumPy arrays refer to, in NumPy 1 (core) and 2 (_core), and what each name stands for here.
 _ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "ndarray"): "ndarray",  # only ever handed to _reconstruct
+    ("numpy", "dtype"): _Type,
     ("_codecs", "encode"): _encode,
     ("builtins", "bytearray"): bytearray,
 }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.fused import pool_mean_std
 from models.layers import mlp
 
 PixelSet = tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], Tensor]
@@ -84,6 +85,24 @@ class PixelSetEncoder(nn.Module):
             (B, L, mlp2[-1]).
         """
         (pixels, mask), extra = split_input(input)
+        if self.with_extra and extra is None:
+            raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
+        B, L, _, _ = pixels.shape
+        if self._can_fuse(pixels):
+            features = list(pool_mean_std(pixels, mask, self.mlp1))
+        else:
+            features = self._pool(pixels, mask)
+        if self.with_extra:
+            features.append(extra.to(pixels.dtype))
+        return self.mlp2(torch.cat(features, dim=2).view(B * L, -1)).view(B, L, -1)
+
+    def _can_fuse(self, pixels: Tensor) -> bool:
+        """Whether `fused.py` serves: on a CPU, for mean and std, unless the pixels need a gradient (saliency maps)."""
+        needs_gradient = pixels.requires_grad and torch.is_grad_enabled()
+        return self.statistics == ["mean", "std"] and pixels.device.type == "cpu" and not needs_gradient
+
+    def _pool(self, pixels: Tensor, mask: Tensor) -> list[Tensor]:
+        """mlp1 and pooling in their plain form: (B, L, E) for each statistic."""
         B, L, C, S = pixels.shape
         # Rows in the order (parcel, pixel, date): a linear layer is then one matrix product, pooling one reduction.
         h = pixels.permute(0, 3, 1, 2).reshape(B * S * L, C)
@@ -91,10 +110,7 @@ class PixelSetEncoder(nn.Module):
             h = layer(h)
         h = h.view(B, S, L, -1)
         weight = mask.to(h.dtype).transpose(1, 2).unsqueeze(3)  # (B, S, L, 1)
-        features = [POOLING[name](h, weight) for name in self.statistics]
-        if self.with_extra:
-            features.append(extra.to(h.dtype))
-        return self.mlp2(torch.cat(features, dim=2).view(B * L, -1)).view(B, L, -1)
+        return [POOLING[name](h, weight) for name in self.statistics]
 
 
 def split_input(input: PixelSet) -> tuple[tuple[Tensor, Tensor], Tensor | None]:

@@ -21,8 +21,8 @@ def list_folds(weight_folder: str | Path) -> dict[int, Path]:
         raise FileNotFoundError(
             f"{folder} is not a folder; expected one with trained weights, Fold_1/{CHECKPOINT}."
         )
-    numbers = (re.fullmatch(r"Fold_(\d+)", path.parent.name) for path in folder.glob(f"Fold_*/{CHECKPOINT}"))
-    folds = sorted(int(match[1]) for match in numbers if match)
+    names = (path.parent.name for path in folder.glob(f"Fold_*/{CHECKPOINT}"))
+    folds = sorted(int(name[5:]) for name in names if re.fullmatch("Fold_[1-9][0-9]*", name))
     if not folds:
         raise FileNotFoundError(
             f"{folder} holds no Fold_k/{CHECKPOINT}; give the results folder of a finished training."
@@ -40,7 +40,7 @@ def choose_folds(weight_folder: str | Path, fold: int | str) -> dict[int, Path]:
     folds = list_folds(weight_folder)
     if fold == "all":
         return folds
-    if not str(fold).isdigit():
+    if not re.fullmatch("[0-9]+", str(fold)):
         raise ValueError(f"fold is {fold!r}; expected 'all' or a number from 1.")
     if int(fold) not in folds:
         present = ", ".join(map(str, folds))
@@ -55,7 +55,8 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, is no checkpoint, or holds more than tensors and plain values.
+        ValueError: if the file is damaged, is no checkpoint, holds more than tensors and plain values, or weights
+            that are not finite.
     """
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
@@ -69,13 +70,24 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             "and plain values; train again or copy the file again."
         ) from error
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(value, torch.Tensor) for value in weights.values()
-    ):
+    if not isinstance(weights, dict) or not all(_is_plain(value) for value in weights.values()):
         raise ValueError(
-            f"{path} is not a checkpoint: expected a dictionary with tensors under 'state_dict'."
+            f"{path} is not a checkpoint: expected a dictionary with tensors of real numbers under 'state_dict'."
+        )
+    broken = [key for key, value in weights.items() if not value.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{path} holds weights that are NaN or infinite ({broken[0]}); train again or copy the file again."
         )
     return checkpoint
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not (value.is_meta or value.is_quantized or value.is_complex())
+    )
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: str | Path) -> None:

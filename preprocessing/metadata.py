@@ -18,9 +18,9 @@ _DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}'
 _EXTRA = "{parcel id: number or list of numbers}"
 
 
-def read_nomenclatures(folder: str | Path) -> dict[str, dict[str, int]]:
-    """META/labels.json: {nomenclature: {id: label}}."""
-    path = Path(folder) / "META" / "labels.json"
+def read_nomenclatures(folder: Path) -> dict[str, dict[str, Any]]:
+    """All of META/labels.json, {nomenclature: {parcel id: label}}."""
+    path = folder / "META" / "labels.json"
     nomenclatures = read_json(path, _LABELS)
     if not isinstance(nomenclatures, dict) or not all(
         isinstance(labels, dict) for labels in nomenclatures.values()
@@ -29,41 +29,31 @@ def read_nomenclatures(folder: str | Path) -> dict[str, dict[str, int]]:
     return nomenclatures
 
 
-def read_labels(
-    folder: Path, nomenclature: str, ids: Sequence[int], optional: bool = False
-) -> list[int | None]:
-    """Labels of the given parcels; where `optional`, None for a parcel without one."""
-    nomenclatures = read_nomenclatures(folder)
+def read_nomenclature(folder: Path, name: str) -> dict[str, int]:
+    """Labels by parcel id in one nomenclature of META/labels.json."""
     path = folder / "META" / "labels.json"
-    if nomenclature not in nomenclatures:
+    nomenclatures = read_nomenclatures(folder)
+    if name not in nomenclatures:
         raise UserError(
-            f"{path} has no nomenclature {nomenclature!r}; it has {', '.join(nomenclatures) or 'none'}: "
+            f"{path} has no nomenclature {name!r}; it has {', '.join(nomenclatures) or 'none'}: "
             "choose one with --labels."
         )
-    labels = nomenclatures[nomenclature]
-    codes = [labels.get(str(parcel)) for parcel in ids]
-    for parcel, code in zip(ids, codes):
-        if code is None and not optional:
-            raise UserError(
-                f"parcel {parcel} has no label in {nomenclature!r} of {path}; add it or remove the parcel's file."
-            )
-        if code is not None and (isinstance(code, bool) or not isinstance(code, int) or abs(code) >= 2**63):
+    for parcel, code in nomenclatures[name].items():
+        if isinstance(code, bool) or not isinstance(code, int | None) or abs(code or 0) >= 2**63:
             raise UserError(
                 f"parcel {parcel} has the label {code!r} in {path}; expected a whole number, without quotes or point."
             )
-    return codes
+    return nomenclatures[name]
 
 
-def read_date_positions(folder: Path, n_dates: int) -> list[int]:
+def read_date_positions(folder: Path) -> list[int]:
     """Days of the dates in META/dates.json, {"0": YYYYMMDD, ...}, since the first one."""
     path = folder / "META" / "dates.json"
     dates = read_json(path, _DATES)
     if not isinstance(dates, dict) or set(dates) != {str(i) for i in range(len(dates))}:
         raise UserError(f"{path} is something else; expected {_DATES}.")
-    if len(dates) != n_dates:
-        raise UserError(f"{path} lists {len(dates)} dates but the parcels have {n_dates}; they must agree.")
     days = []
-    for i in range(n_dates):
+    for i in range(len(dates)):
         text = str(dates[str(i)])
         try:
             days.append(datetime.strptime(text if len(text) == 8 else "", "%Y%m%d"))

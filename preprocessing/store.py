@@ -159,12 +159,17 @@ def open_store(
         ) from error
 
 
-def _list_files(folder: Path) -> dict[int, os.stat_result]:
-    """Size and time of every DATA/<id>.npy by id, in increasing order."""
+def check_folder(folder: Path) -> None:
+    """Raises a UserError unless the folder is there and contains DATA."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a dataset folder that contains DATA and META.")
     if not (folder / "DATA").is_dir():
         raise UserError(f"{folder} contains no folder DATA; expected one file DATA/<id>.npy per parcel.")
+
+
+def _list_files(folder: Path) -> dict[int, os.stat_result]:
+    """Size and time of every DATA/<id>.npy by id, in increasing order."""
+    check_folder(folder)
     files = {}
     with os.scandir(folder / "DATA") as entries:
         for entry in entries:

@@ -1,0 +1,344 @@
+"""The packed store: its content, when it is made again, and what remains when packing is cut short."""
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from learning.errors import UserError
+from preprocessing import store as module
+from preprocessing.store import PixelStore, open_store
+from tests.folders import write_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = (3, 11, 2, 100, 7, 41)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "dataset", 6, ids=IDS, sizes=(0, 1, 7, 30, 2, 9))
+
+
+def packs(parent: Path) -> list[str]:
+    return sorted(
+        path.name for path in parent.iterdir() if "PACKED" in path.name and not path.name.endswith(".lock")
+    )
+
+
+def read_all(store: PixelStore) -> np.ndarray:
+    """All pixels through the store's own reading, (pixels, T * C)."""
+    n = int(store.offsets[-1])
+    out = torch.empty(n, store.n_dates * store.n_channels, dtype=torch.float64)
+    store.read(torch.arange(n), out=out)
+    return out.numpy()
+
+
+def check(store: PixelStore, folder: Path) -> None:
+    """The store holds exactly the pixels of the files."""
+    ids = sorted(int(path.stem) for path in (folder / "DATA").glob("*.npy"))
+    assert store.ids.tolist() == ids
+    pixels = read_all(store)
+    for i, parcel in enumerate(ids):
+        expected = np.load(folder / "DATA" / f"{parcel}.npy")
+        assert (store.n_dates, store.n_channels) == expected.shape[:2]
+        assert store.sizes[i] == expected.shape[2]
+        rows = pixels[store.offsets[i] : store.offsets[i + 1]]
+        np.testing.assert_array_equal(rows.reshape(-1, *expected.shape[:2]), expected.transpose(2, 0, 1))
+
+
+# -------------------------------------------------------------------------------------------------------- content
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_content_equals_the_files(folder, in_memory):
+    store = open_store(folder, in_memory=in_memory)
+    assert store.ids.tolist() == sorted(IDS)
+    check(store, folder)
+    order = torch.tensor([5, 0, 48, 5])
+    out = torch.empty(4, 20)
+    store.read(order, out=out)
+    np.testing.assert_array_equal(out, read_all(store)[order.numpy()])
+
+
+def test_a_pickled_store_is_opened_again_not_copied(tmp_path):
+    folder = write_folder(tmp_path, 6, sizes=[2000] * 6)
+    for in_memory in (False, True):
+        store = open_store(folder, in_memory=in_memory)
+        data = pickle.dumps(store)
+        assert len(data) < 1000
+        check(pickle.loads(data), folder)
+        assert pickle.loads(data).in_memory == in_memory
+
+
+# --------------------------------------------------------------------------------------------- when it is packed
+
+
+def test_second_opening_packs_nothing(folder, monkeypatch):
+    first = open_store(folder)
+    before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
+    monkeypatch.delattr(module, "_pack")
+    second = open_store(folder)
+    assert second.path == first.path
+    assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == before
+
+
+def add(data: Path) -> None:
+    np.save(data / "1.npy", np.full((5, 4, 3), 9, np.uint16))
+
+
+def remove(data: Path) -> None:
+    (data / "11.npy").unlink()
+
+
+def change_size(data: Path) -> None:
+    np.save(data / "11.npy", np.full((5, 4, 3), 9, np.uint16))
+
+
+def change_values(data: Path) -> None:
+    """The same size, written later."""
+    stat = (data / "100.npy").stat()
+    np.save(data / "100.npy", np.load(data / "100.npy") + 1)
+    os.utime(data / "100.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**6))
+
+
+def rename(data: Path) -> None:
+    (data / "11.npy").rename(data / "12.npy")
+
+
+@pytest.mark.parametrize("change", [add, remove, change_size, change_values, rename])
+def test_a_changed_folder_is_packed_again_and_the_old_pack_removed(folder, change):
+    first = open_store(folder)
+    first.statistics()
+    change(folder / "DATA")
+    second = open_store(folder)
+    assert second.path != first.path and packs(folder) == [second.path.name]
+    check(second, folder)
+    pixels = read_all(second)
+    np.testing.assert_allclose(second.statistics()[0].reshape(-1), pixels.mean(0), rtol=1e-6)
+
+
+def test_other_files_beside_the_parcels_do_not_matter(folder):
+    path = open_store(folder).path
+    for name in ("Thumbs.db", ".DS_Store", "._11.npy", "notes.txt"):
+        (folder / "DATA" / name).write_text("")
+    assert open_store(folder).path == path
+
+
+def test_a_folder_that_moves_keeps_its_pack(folder, tmp_path, monkeypatch):
+    open_store(folder)
+    folder.rename(tmp_path / "moved")
+    monkeypatch.delattr(module, "_pack")
+    check(open_store(tmp_path / "moved"), tmp_path / "moved")
+
+
+def test_two_datasets_of_one_name_share_a_cache(tmp_path):
+    folders = [write_folder(tmp_path / place / "dataset", seed=i) for i, place in enumerate("ab")]
+    stores = [open_store(folder, tmp_path / "cache") for folder in folders]
+    for _ in range(2):
+        for folder, store in zip(folders, stores):
+            assert not packs(folder)
+            check(store, folder)
+        add(folders[0] / "DATA")  # the pack of the other must stay
+        stores = [open_store(folder, tmp_path / "cache") for folder in folders]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+# ------------------------------------------------------------------------------------------- cut short, at once
+
+PACK = "import sys; from preprocessing.store import open_store; open_store(sys.argv[1])"
+SLOWLY = """
+import sys, time
+from preprocessing import store
+read = store._read_values
+def slowly(name, header):
+    print(name, flush=True)
+    time.sleep(0.05)
+    return read(name, header)
+store._read_values = slowly
+store.open_store(sys.argv[1])
+"""
+
+
+def start(code: str, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("n_read", [1, 4, 6])
+def test_a_killed_packing_leaves_nothing_that_is_taken_for_complete(folder, n_read):
+    process = start(SLOWLY, folder)
+    for _ in range(n_read):
+        assert process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = packs(folder)
+    assert len(left) == 1 and left[0].startswith(".PACKED-")  # it was at work, and had not finished
+    store = open_store(folder)
+    check(store, folder)
+    assert packs(folder) == [store.path.name]
+
+
+@pytest.mark.parametrize("wait", [0, 0.01, 0.03, 0.1])
+def test_packing_killed_at_any_moment(tmp_path, wait):
+    """At full speed: whatever is complete when the process dies must be right."""
+    folder = write_folder(tmp_path, 300, n_dates=2, n_channels=2)
+    process = start(PACK, folder)
+    while not packs(folder) and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(wait)
+    process.kill()
+    process.communicate()
+    for name in packs(folder):
+        if not name.startswith("."):
+            check(PixelStore(folder / name), folder)
+    check(open_store(folder), folder)
+    assert len(packs(folder)) == 1
+
+
+def test_two_processes_at_once_pack_once(folder):
+    processes = [start(SLOWLY, folder) for _ in range(2)]
+    outputs = [process.communicate(timeout=60) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert sorted(len(out.splitlines()) for out, _ in outputs) == [0, 6]  # one read the files, one waited
+    check(open_store(folder), folder)
+
+
+def test_a_failed_packing_leaves_nothing(folder, monkeypatch):
+    def interrupt(name: Path, header: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_read_values", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        open_store(folder)
+    assert not packs(folder)
+
+
+def test_a_file_that_changes_while_it_is_packed_is_reported(folder, monkeypatch):
+    read = module._read_header
+
+    def replace(name: Path) -> module.Header:
+        header = read(name)
+        if name.name == "7.npy":
+            np.save(name, np.ones((5, 4, 3)))
+        return header
+
+    monkeypatch.setattr(module, "_read_header", replace)
+    with pytest.raises(UserError, match=r"7\.npy changed or vanished"):
+        open_store(folder)
+    assert not packs(folder)
+
+
+# --------------------------------------------------------------------------------------------------- no room
+
+
+def test_no_room_is_said_before_packing(folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(UserError, match=r"needs 0\.0 GB .* 0\.0 GB are free; .* --cache_dir"):
+        open_store(folder)
+    assert not packs(folder)
+
+
+def test_a_place_that_cannot_be_written_is_reported(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"cannot be written in .*file.* --cache_dir"):
+            open_store(folder, cache)
+    check(open_store(folder, tmp_path / "new" / "cache"), folder)
+
+
+def test_a_folder_that_may_only_be_read_is_reported(folder, monkeypatch, tmp_path):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module, "FileLock", refuse)  # root writes anywhere, whatever a folder's mode says
+    with pytest.raises(UserError, match=r"cannot be written in .*\(Permission denied\); .* --cache_dir"):
+        open_store(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_folder_without_permission_to_write(folder, tmp_path):
+    folder.chmod(0o555)
+    try:
+        with pytest.raises(UserError, match="--cache_dir"):
+            open_store(folder)
+        check(open_store(folder, tmp_path / "cache"), folder)
+    finally:
+        folder.chmod(0o755)
+
+
+def test_a_damaged_pack_is_reported(folder):
+    path = open_store(folder).path
+    (path / "pixels.npy").write_bytes((path / "pixels.npy").read_bytes()[:200])
+    with pytest.raises(UserError, match=r"PACKED-\w+ is damaged .* remove it"):
+        open_store(folder)
+    shutil.rmtree(path)
+    check(open_store(folder), folder)
+
+
+def test_memory_that_does_not_suffice_is_reported(folder, monkeypatch):
+    open_store(folder)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "load", fail)
+    with pytest.raises(UserError, match="do not fit into memory; leave --preload out"):
+        open_store(folder, in_memory=True)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize(
+    "dtype, offset, spread", [("u2", 60000, 3), ("i4", 10**9, 5), ("f8", 1e7, 1e-2), ("f4", 1e6, 1)]
+)
+@pytest.mark.parametrize("chunk", [2**24, 300])
+def test_statistics_of_nearly_constant_large_values(tmp_path, monkeypatch, dtype, offset, spread, chunk):
+    """Sums of squares about zero would lose every digit here."""
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    folder, random = write_folder(tmp_path, 6, dtype=dtype), np.random.default_rng(0)
+    for parcel in range(1, 7):
+        noise = random.uniform(-spread, spread, (5, 4, 50 + parcel)) + parcel * spread / 10
+        np.save(folder / "DATA" / f"{parcel}.npy", (offset + noise).astype(dtype))
+    store = open_store(folder)
+    mean, std = store.statistics()
+    pixels = read_all(store)
+    exact = pixels - offset
+    assert mean.shape == std.shape == (5, 4) and mean.dtype == std.dtype == np.float32
+    np.testing.assert_allclose(mean.reshape(-1), pixels.mean(0), rtol=1e-7)
+    np.testing.assert_allclose(std.reshape(-1), exact.std(0), rtol=1e-5)
+
+
+def test_statistics_are_computed_once(folder, monkeypatch):
+    store = open_store(folder)
+    mean, std = store.statistics()
+    monkeypatch.delattr(module, "_CHUNK")
+    for again in (store, open_store(folder)):
+        np.testing.assert_array_equal(again.statistics(), (mean, std))
+    assert (store.path / "statistics.npz").stat().st_mode & 0o777 == (
+        store.path / "index.npz"
+    ).stat().st_mode & 0o777
+
+
+def test_statistics_of_a_pack_that_may_only_be_read(folder, monkeypatch):
+    expected = open_store(folder, folder.parent / "cache").statistics()
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module, "write_bytes", refuse)
+    np.testing.assert_array_equal(open_store(folder).statistics(), expected)
