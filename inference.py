@@ -1,5 +1,7 @@
 """Predicts the class of every parcel of a dataset with trained weights, of one fold or of all together."""
 
+import learning  # isort: skip  # noqa: F401  # before torch, see there
+
 import argparse
 import csv
 import os

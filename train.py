@@ -1,5 +1,7 @@
 """Trains a classifier by k-fold cross-validation and writes metrics, confusion matrices and weights per fold."""
 
+import learning  # isort: skip  # noqa: F401  # before torch, see there
+
 import argparse
 import copy
 import platform
