@@ -33,7 +33,7 @@ from learning.options import (
     typed_architecture,
 )
 from learning.results import CONFIG, NORMALISATION, load_normalisation, prepare_output, read_config, to_npy
-from learning.runtime import choose_device, count_workers, describe_device, recursive_todevice
+from learning.runtime import choose_device, count_workers, describe_device, keep_freed_memory, recursive_todevice
 from models import stclassifier
 from models.stclassifier import Ensemble
 from models.weights import choose_folds
@@ -63,6 +63,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Loads weights and data, predicts, and writes the predictions."""
     args = parse_args()
+    keep_freed_memory()
     device = choose_device(args.device)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
         choose_folds(args.weight_dir, args.fold)  # before the data are read, which can take long

@@ -47,7 +47,7 @@ from learning.results import (
     save_overall,
     save_test,
 )
-from learning.runtime import choose_device, count_workers, describe_device, set_seeds
+from learning.runtime import choose_device, count_workers, describe_device, keep_freed_memory, set_seeds
 from learning.weight_init import weight_init
 from models.weights import CHECKPOINT
 from preprocessing.simulate import embedded_dataset
@@ -85,6 +85,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Prepares data and model, trains every fold, and sums up."""
     args = parse_args()
+    keep_freed_memory()
     device = choose_device(args.device)
     preset = read_preset(args.preset)
     res_dir = prepare_folder(args.res_dir, args.overwrite)
