@@ -11,7 +11,7 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from learning.draws import add_noise, choose_pixels, noise_values, parcel_keys, stream_key
+from learning.draws import add_noise, choose_pixels, noise_places, noise_values, parcel_keys, stream_key
 from learning.errors import UserError
 from preprocessing.metadata import (
     Arrays,
@@ -106,7 +106,7 @@ class PixelSetData(Dataset):
             )
         self._ids, self._sizes, self._first = (
             torch.from_numpy(values[kept])
-            for values in (self.store.ids, self.store.sizes, self.store.offsets[:-1])
+            for values in (self.store.ids, self.store.sizes, self.store.first_rows)
         )
         self.target = np.array([UNKNOWN if codes[i] is None else codes[i] for i in kept], dtype=np.int64)
         self.pid = [str(parcel) for parcel in self.store.ids[kept]]
@@ -202,21 +202,19 @@ class PixelSetData(Dataset):
         ids, sizes, first = self._ids[items], self._sizes[items], self._first[items]
         draw = self._draw if self._draw is not None else (int(torch.randint(2**62, ())),)
         chosen = self._choose(ids, sizes, draw) if self._chosen is None else self._chosen[items]
-        empty = (sizes == 0).unsqueeze(1)
-        rows = (
-            torch.where(empty, 0, first.unsqueeze(1)) + chosen
-        )  # an empty parcel borrows pixels, set to 0 below
-        noise_keys = parcel_keys(stream_key("jitter", *draw), ids)
-        x = torch.empty(B, S, L * C, device=self.device)
-        step = PARCELS_PER_CHUNK if self.device.type == "cpu" else B
-        for chunk in (slice(start, start + step) for start in range(0, B, step)):
-            part = x[chunk].view(-1, L * C)
-            self.store.read(rows[chunk].reshape(-1), out=part)
-            x[chunk].masked_fill_(empty[chunk].unsqueeze(2), 0)
+        rows = first.unsqueeze(1) + chosen
+        if self.jitter is not None:
+            places = noise_places(
+                parcel_keys(stream_key("jitter", *draw), ids), S, len(self._noise) - L * C + 1
+            )
+        x = torch.empty(B * S, L * C, device=self.device)
+        step = S * (PARCELS_PER_CHUNK if self.device.type == "cpu" else B)
+        for chunk in (slice(start, start + step) for start in range(0, B * S, step)):
+            self.store.read(rows.view(-1)[chunk], out=x[chunk])
             if self.norm is not None:
-                torch.addcmul(self._shift, part, self._scale, out=part)
+                torch.addcmul(self._shift, x[chunk], self._scale, out=x[chunk])
             if self.jitter is not None:
-                add_noise(part, noise_keys[chunk], self._noise)
+                add_noise(x[chunk], places[chunk], self._noise)
         pixels = x.view(B, S, L, C).permute(0, 2, 3, 1)
         filled = torch.arange(S, device=self.device) < sizes.clamp(min=1).unsqueeze(1)
         data: Any = (pixels, filled.float().unsqueeze(1).expand(-1, L, -1))

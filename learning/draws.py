@@ -67,14 +67,18 @@ def noise_values(stream: int, sigma: float, clip: float) -> Tensor:
     return torch.randn(_NOISE_VALUES, generator=generator).mul_(sigma).clamp_(-clip, clip)
 
 
-def add_noise(rows: Tensor, keys: Tensor, noise: Tensor) -> None:
-    """Adds noise to rows (B * S, width) in place: each row takes a window of the store at a place drawn for it.
+def noise_places(keys: Tensor, n_rows: int, n_places: int) -> Tensor:
+    """Where in the store of noise each row reads: (B * n_rows,), from 0 to n_places - 1, for n_rows rows per key."""
+    rows = torch.arange(n_rows, device=keys.device)
+    return _below(_mix(keys.unsqueeze(1) ^ _mix(rows)), n_places).view(-1)
+
+
+def add_noise(rows: Tensor, places: Tensor, noise: Tensor) -> None:
+    """Adds to rows (R, width), in place, the windows of the store of noise that begin at `places`, (R,).
 
     Drawing two million normal numbers for every batch would cost more than everything else in loading it.
     """
-    slots = torch.arange(len(rows) // len(keys), device=rows.device)
-    place = _below(_mix(keys.unsqueeze(1) ^ _mix(slots)), len(noise) - rows.shape[1] + 1)
-    rows += noise.unfold(0, rows.shape[1], 1).index_select(0, place.view(-1))
+    rows += noise.unfold(0, rows.shape[1], 1).index_select(0, places)
 
 
 def _permute(x: Tensor, a: Tensor, b: Tensor, *round_keys: Tensor) -> Tensor:

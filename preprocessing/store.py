@@ -23,7 +23,7 @@ from tqdm import tqdm
 from learning.errors import UserError
 from learning.files import write_bytes
 
-FORMAT = 1  # part of every store's name: raise it when the layout changes
+FORMAT = 2  # part of every store's name: raise it when the layout changes
 _CHUNK = 2**24  # numbers that statistics take at a time
 
 
@@ -50,15 +50,18 @@ class PixelStore:
         self._on_device: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PixelStore, (
-            self.path,
-            self.in_memory,
-        )  # a worker that does not fork opens the file, not a copy of it
+        # A worker that does not fork opens the file; a copy of its content would be sent to it otherwise.
+        return PixelStore, (self.path, self.in_memory)
 
     @property
     def sizes(self) -> np.ndarray:
         """Number of pixels of each parcel, (N,)."""
         return np.diff(self.offsets)
+
+    @property
+    def first_rows(self) -> np.ndarray:
+        """Row of each parcel's first pixel, (N,); for a parcel without pixels a row of zeros, the store's last."""
+        return np.where(self.sizes > 0, self.offsets[:-1], self.offsets[-1])
 
     @property
     def n_bytes(self) -> int:
@@ -98,11 +101,11 @@ class PixelStore:
         """
         cached = self.path / "statistics.npz"
         if not cached.exists():
-            n, step = len(self._rows), max(1, _CHUNK // self._rows.shape[1])
-            centre = self._rows[:step].mean(0, dtype=np.float64)
+            n, step = int(self.offsets[-1]), max(1, _CHUNK // self._rows.shape[1])
+            centre = self._rows[: min(step, n)].mean(0, dtype=np.float64)
             total, squares = np.zeros_like(centre), np.zeros_like(centre)
             for start in tqdm(range(0, n, step), "mean and standard deviation", leave=False, delay=2):
-                deviation = self._rows[start : start + step] - centre
+                deviation = self._rows[start : min(start + step, n)] - centre
                 total += deviation.sum(0)
                 squares += np.einsum("ij,ij->j", deviation, deviation)
             variance = np.maximum(squares / n - (total / n) ** 2, 0)
@@ -226,7 +229,7 @@ def _pack(folder: Path, files: dict[int, os.stat_result], path: Path) -> None:
         )
     temporary = Path(tempfile.mkdtemp(prefix=".PACKED-", dir=path.parent))
     try:
-        shape = (int(offsets[-1]), T, C)
+        shape = (int(offsets[-1]) + 1, T, C)  # the last one stays 0, see `first_rows`
         pixels = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=dtype, shape=shape)
         for i, (parcel, name) in enumerate(tqdm(names.items(), "packing files", **progress)):
             values = _read_values(name, headers[parcel])

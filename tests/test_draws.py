@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from learning import draws
-from learning.draws import add_noise, choose_pixels, noise_values, parcel_keys, stream_key
+from learning.draws import add_noise, choose_pixels, noise_places, noise_values, parcel_keys, stream_key
 
 BITS = 2**64 - 1
 IMPROBABLE = 1e-6  # the draws are fixed, so a test that passes once always does
@@ -182,7 +182,7 @@ def test_rows_read_windows_at_places_of_the_plain_form(monkeypatch):
     noise = noise_values(5, 1, 3)
     keys = parcel_keys(stream_key("jitter", 1), torch.arange(7))
     rows = torch.full((7 * 3, 20), 100.0)
-    add_noise(rows, keys, noise)
+    add_noise(rows, noise_places(keys, 3, 1000 - 20 + 1), noise)
     for i, row in enumerate(rows):
         parcel, slot = divmod(i, 3)
         place = below(mix((int(keys[parcel]) & BITS) ^ mix(slot)), 1000 - 20 + 1)
@@ -191,6 +191,6 @@ def test_rows_read_windows_at_places_of_the_plain_form(monkeypatch):
 
 def test_windows_reach_all_of_the_noise():
     rows = torch.zeros(64 * 500, 10)
-    add_noise(rows, parcel_keys(1, torch.arange(500)), torch.arange(50.0))
+    add_noise(rows, noise_places(parcel_keys(1, torch.arange(500)), 64, 41), torch.arange(50.0))
     assert p_value(np.bincount(rows[:, 0].long(), minlength=41)) > IMPROBABLE
     assert rows.max() == 49
