@@ -8,6 +8,7 @@ import argparse
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
+from tqdm import tqdm
 
 from dataset import PixelSetData, fold_splits
 from learning.errors import run_cli
@@ -39,7 +40,7 @@ def main() -> None:
     features = np.stack([dataset.mean_series(i).ravel() for i in range(len(dataset))])
     total = np.zeros((len(classes), len(classes)), dtype=np.int64)
     folds = []
-    for train, val, test in fold_splits(len(dataset), args.kfold, args.rdm_seed):
+    for train, val, test in tqdm(fold_splits(len(dataset), args.kfold, args.rdm_seed), "folds", leave=False):
         forest = RandomForestClassifier(args.trees, n_jobs=-1, random_state=args.rdm_seed)
         forest.fit(features[train + val], dataset.target[train + val])
         mat = confusion_matrix(dataset.target[test], forest.predict(features[test]), labels=range(len(classes)))
