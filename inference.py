@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset import UNKNOWN, BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
-from learning.engine import progress_bar
+from dataset import (
+    UNKNOWN,
+    BatchSampler,
+    PixelSetData,
+    PixelSetData_preloaded,
+    batch_loader,
+    find_norm,
+)
 from learning.errors import UserError, as_user_error, run_cli
 from learning.files import write_bytes
 from learning.metrics import accuracy, confusion_matrix, mean_iou
@@ -32,8 +38,22 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.results import CONFIG, NORMALISATION, load_normalisation, prepare_output, read_config, to_npy
-from learning.runtime import choose_device, count_workers, describe_device, keep_freed_memory, recursive_todevice
+from learning.progress import progress_bar
+from learning.results import (
+    CONFIG,
+    NORMALISATION,
+    load_normalisation,
+    prepare_output,
+    read_config,
+    to_npy,
+)
+from learning.runtime import (
+    choose_device,
+    count_workers,
+    describe_device,
+    keep_freed_memory,
+    recursive_todevice,
+)
 from models import stclassifier
 from models.stclassifier import Ensemble
 from models.weights import choose_folds
@@ -199,7 +219,7 @@ def predict(
         table = csv.writer(file)
         header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
         table.writerow(header + [f"probability_{code}" for code in classes])
-        for x, y in progress_bar(loader, "predicting"):
+        for x, y in progress_bar(loader, "predicting", "batches"):
             members = ensemble.member_log_probabilities(recursive_todevice(x, device))  # (members, B, K)
             probabilities = members.mean(0).softmax(1)
             confidence, best = probabilities.max(1)

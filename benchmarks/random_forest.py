@@ -1,6 +1,6 @@
 """A random forest on per-date means, tested on the very folds of train.py: the score that a network has to beat.
 
-    python -m benchmarks.random_forest --dataset_folder D
+python -m benchmarks.random_forest --dataset_folder D
 """
 
 import argparse
@@ -8,12 +8,19 @@ import argparse
 import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
-from tqdm import tqdm
 
 from dataset import PixelSetData, fold_splits
 from learning.errors import run_cli
 from learning.metrics import accuracy, mean_iou
-from learning.options import LABELS, Parser, choose_classes, natural, parse_list, positive
+from learning.options import (
+    LABELS,
+    Parser,
+    choose_classes,
+    natural,
+    parse_list,
+    positive,
+)
+from learning.progress import progress_bar
 from preprocessing.simulate import embedded_dataset
 
 
@@ -40,10 +47,14 @@ def main() -> None:
     features = np.stack([dataset.mean_series(i).ravel() for i in range(len(dataset))])
     total = np.zeros((len(classes), len(classes)), dtype=np.int64)
     folds = []
-    for train, val, test in tqdm(fold_splits(len(dataset), args.kfold, args.rdm_seed), "folds", leave=False):
+    for train, val, test in progress_bar(
+        fold_splits(len(dataset), args.kfold, args.rdm_seed), "training forests", "folds"
+    ):
         forest = RandomForestClassifier(args.trees, n_jobs=-1, random_state=args.rdm_seed)
         forest.fit(features[train + val], dataset.target[train + val])
-        mat = confusion_matrix(dataset.target[test], forest.predict(features[test]), labels=range(len(classes)))
+        mat = confusion_matrix(
+            dataset.target[test], forest.predict(features[test]), labels=range(len(classes))
+        )
         folds.append((100 * accuracy(mat), mean_iou(mat)))
         total += mat
     mean, deviation = np.mean(folds, axis=0), np.std(folds, axis=0)

@@ -1,18 +1,14 @@
 """One pass over a part of the data: training and evaluation. Both return figures; printing is the caller's."""
 
-import sys
-from collections.abc import Iterable
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchnet.meter import AverageValueMeter
-from tqdm import tqdm
 
 from learning.errors import UserError
 from learning.metrics import accuracy, mean_iou
+from learning.progress import progress_bar
 from learning.runtime import recursive_todevice
 
 
@@ -78,7 +74,7 @@ def train_epoch(
     """
     model.train()
     scores = Scores(n_classes, device)
-    progress = progress_bar(loader, name)
+    progress = progress_bar(loader, name, "batches")
     for step, (x, y) in enumerate(progress, start=1):
         x, y = recursive_todevice(x, device), y.to(device, non_blocking=True)
         optimizer.zero_grad()
@@ -114,19 +110,11 @@ def evaluation(
     """
     model.eval()
     scores = Scores(n_classes, device)
-    for x, y in progress_bar(loader, name):
+    for x, y in progress_bar(loader, name, "batches"):
         x, y = recursive_todevice(x, device), y.to(device, non_blocking=True)
         logits = _logits(model(x))
         scores.add(criterion(logits, y), logits, y)
     return scores.summary(mode), scores.confusion_matrix()
-
-
-def progress_bar(batches: Iterable[Any], name: str) -> tqdm:
-    """A bar that goes when done; in a log file, a line a minute for what takes longer."""
-    quiet = not sys.stderr.isatty()
-    return tqdm(
-        batches, name, leave=False, unit=" batches", delay=60 * quiet, mininterval=60 if quiet else 0.2
-    )
 
 
 def _logits(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 from scipy.special import expit
-from tqdm import tqdm
 
 from learning.errors import UserError, as_user_error, run_cli
+from learning.progress import progress_bar
 
 VERSION = 1  # raise it whenever other bytes are written, so that no stale embedded dataset is used
 EMBEDDED_PARCELS = 2000
@@ -223,7 +223,7 @@ def write_dataset(folder: Path, parcels: int, seed: int, max_pixels: int | None,
     labels, sizes, geometries = {}, {}, {}
     # Sums of integers are exact, so mean and standard deviation need no second pass.
     total, squares = np.zeros((2, T, C), np.int64)
-    for index in tqdm(range(parcels), desc="simulating", unit=" parcels", disable=not progress):
+    for index in progress_bar(range(parcels), "simulating", "parcels", shown=progress):
         parcel = simulate_parcel(seed, index, max_pixels)
         name = str(index + 1)
         np.save(folder / "DATA" / f"{name}.npy", parcel.pixels)

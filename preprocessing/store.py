@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from filelock import FileLock
 from torch import Tensor
-from tqdm import tqdm
 
 from learning.errors import UserError
 from learning.files import write_bytes
+from learning.progress import progress_bar
 
 FORMAT = 2  # part of every store's name: raise it when the layout changes
 _CHUNK = 2**24  # numbers that statistics take at a time
@@ -90,7 +90,7 @@ class PixelStore:
             rows.shape, dtype=torch.from_numpy(rows[:1].copy()).dtype, device=device
         )
         step = max(1, _CHUNK // rows.shape[1])
-        for start in tqdm(range(0, len(rows), step), f"pixels to {device}", leave=False, delay=2):
+        for start in progress_bar(range(0, len(rows), step), f"pixels to {device}", "chunks"):
             view._on_device[start : start + step] = torch.from_numpy(np.array(rows[start : start + step]))
         return view
 
@@ -104,7 +104,7 @@ class PixelStore:
             n, step = int(self.offsets[-1]), max(1, _CHUNK // self._rows.shape[1])
             centre = self._rows[: min(step, n)].mean(0, dtype=np.float64)
             total, squares = np.zeros_like(centre), np.zeros_like(centre)
-            for start in tqdm(range(0, n, step), "mean and standard deviation", leave=False, delay=2):
+            for start in progress_bar(range(0, n, step), "mean and standard deviation", "chunks"):
                 deviation = self._rows[start : min(start + step, n)] - centre
                 total += deviation.sum(0)
                 squares += np.einsum("ij,ij->j", deviation, deviation)
@@ -205,9 +205,8 @@ def _pack(folder: Path, files: dict[int, os.stat_result], path: Path) -> None:
     for leftover in path.parent.glob(".PACKED-*"):  # of a packing that was killed; nobody else packs here now
         shutil.rmtree(leftover)
     names = {parcel: folder / "DATA" / f"{parcel}.npy" for parcel in files}
-    progress = {"unit": " files", "leave": False, "delay": 2}
     headers = {
-        parcel: _read_header(name) for parcel, name in tqdm(names.items(), "checking files", **progress)
+        parcel: _read_header(name) for parcel, name in progress_bar(names.items(), "checking files", "files")
     }
     T, C, _ = next(iter(headers.values()))[0]
     for parcel, (shape, _) in headers.items():
@@ -231,7 +230,7 @@ def _pack(folder: Path, files: dict[int, os.stat_result], path: Path) -> None:
     try:
         shape = (int(offsets[-1]) + 1, T, C)  # the last one stays 0, see `first_rows`
         pixels = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=dtype, shape=shape)
-        for i, (parcel, name) in enumerate(tqdm(names.items(), "packing files", **progress)):
+        for i, (parcel, name) in enumerate(progress_bar(names.items(), "packing files", "files")):
             values = _read_values(name, headers[parcel])
             pixels[offsets[i] : offsets[i + 1]] = values.transpose(2, 0, 1)
         pixels.flush()
