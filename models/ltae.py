@@ -100,4 +100,5 @@ class MultiHeadAttention(nn.Module):
         master = torch.einsum("hke,hk->he", W, self.Q)  # W_h^T q_h, one vector per head
         attention = attention_weights(x @ master.t(), self.d_k, self.dropout)  # (B, L, H)
         slices = x.view(B, L, self.n_head, E // self.n_head)
-        return torch.einsum("blh,blhe->bhe", attention, slices).reshape(B, E), attention
+        # A product and a sum, where einsum would first copy x head by head.
+        return (attention.unsqueeze(3) * slices).sum(1).view(B, E), attention
