@@ -58,9 +58,6 @@ def parse_args() -> Namespace:
 def main() -> None:
     """Simulates folders, measures, prints."""
     args = parse_args()
-    # Threads spin while they wait for each other, on a busy machine mostly for one that has no core; so that
-    # both sides give their core up soon, this has to be set before a worker loads PyTorch.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sizes = QUICK if args.quick else FULL if args.full else NORMAL
     with tempfile.TemporaryDirectory() as temporary:
         folders = {n: f"{temporary}/{n}" for n in {sizes.parcels, *sizes.more_parcels}}

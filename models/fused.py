@@ -2,25 +2,31 @@
 
 The plain form writes the activations of every layer for every row, one row per pixel and date, and reads them
 several times: memory is its limit, not arithmetic. Here the parcels pass a few at a time, in buffers that
-stay in cache and are used again for the next ones. Nothing is kept for the backward pass, which computes the
-activations once more.
+stay in cache and are used again for the next ones, every thread with its own. Nothing is kept for the backward pass,
+which computes the activations once more. What is summed over the batch is summed for every few parcels first, then over
+these in order, so that no result depends on the threads.
 
 Notation: a row h of k numbers is followed by a 1, so that an affine map is one matrix A (k + 1, m), with
 the bias as its last row.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ROWS = 12288  # rows at a time: enough to keep two cores busy, few enough for the cache
+from models.threads import share
+
+_PART_ROWS = 6144  # rows at a time: few enough for a core's cache, enough to make up for the calls
 _LOST_DIGITS = 1000  # error accepted in a batch variance, in rounding errors of a single activation
 
 
-def pool_mean_std(pixels: Tensor, mask: Tensor, layers: nn.ModuleList) -> tuple[Tensor, Tensor]:
+def pool_mean_std(
+    pixels: Tensor, mask: Tensor, layers: nn.ModuleList, n_dates: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Masked mean and sample standard deviation over the pixels of mlp1's output.
 
     BatchNorm uses and updates its statistics as its own `training` says. Gradients reach the parameters, but
@@ -30,27 +36,107 @@ def pool_mean_std(pixels: Tensor, mask: Tensor, layers: nn.ModuleList) -> tuple[
         pixels: (B, L, C, S).
         mask: (B, L, S), 1 for a pixel of the parcel and 0 for one that fills the set up.
         layers: the `linlayer`s of mlp1.
+        n_dates: how many dates of each parcel there are, the first ones; all that come after them are left out.
 
     Returns:
-        mean and std, (B, L, E) each.
+        mean and std, (B, L, E) each; 0 for a date that is left out.
     """
-    B, L, C, S = pixels.shape
-    if mask.stride(1) == 0:
-        mask = mask[:, :1]  # one mask for all dates, as the loader gives it
-    mask = mask.to(pixels.dtype).transpose(1, 2).unsqueeze(3)  # (B, S, L or 1, 1)
-    # Pixels after a parcel's last valid one count in the batch statistics alone. Parcels of similar size go
-    # together, so that pooling can leave most of these pixels out.
-    slots = torch.arange(1, S + 1, device=mask.device)
-    sizes, order = ((mask != 0).any(2).squeeze(2) * slots).amax(1).clamp(min=1).sort()
-    rows = pixels.new_ones(B, S, L, C + 1)
-    rows[..., :C] = pixels.permute(0, 3, 1, 2).index_select(0, order)
+    batch = _Batch(pixels, mask, n_dates)
     maps: list[Tensor] = []
     for layer in layers:
-        moments = batch_moments(rows, maps, layer.lin.weight) if layer.bn.training else None
+        moments = batch_moments(batch, maps, layer.lin.weight) if layer.bn.training else None
         maps.append(fold(layer, moments))
-    mean, std = _Pooling.apply(rows, mask.index_select(0, order), sizes.tolist(), *maps)
-    place = order.argsort()
-    return mean.index_select(0, place), std.index_select(0, place)
+    mean, std = _Pooling.apply(batch, *maps)
+    return mean.index_select(0, batch.place), std.index_select(0, batch.place)
+
+
+class _Part(NamedTuple):
+    """A few parcels of a batch, of equally many dates L.
+
+    Attributes:
+        parcels: their places in the batch's order.
+        rows: of [x, 1] for the pixels x, (p, S, L, C + 1).
+        weight: 1 for a valid pixel, else 0, (p, S, L or 1, 1).
+        size: pixels up to the last valid one; the others count in the batch statistics alone.
+    """
+
+    parcels: slice
+    rows: Tensor
+    weight: Tensor
+    size: int
+
+    def flat_rows(self) -> Tensor:
+        """All rows, (r, C + 1)."""
+        return self.rows.flatten(0, 2)
+
+    def pooled_rows(self) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
+        """The rows that are pooled, (r, C + 1), their weight (p, size, L or 1, 1), and (p, size, L)."""
+        rows = self.rows[:, : self.size]
+        return rows.reshape(-1, rows.shape[3]), self.weight[:, : self.size], tuple(rows.shape[:3])
+
+
+class _Batch:
+    """A batch, cut into parts that stay in cache. See `pool_mean_std` for the arguments.
+
+    Parcels with equally many dates go together and, among these, parcels of similar size: most of what only fills
+    sets up can then be left out of the pooling.
+
+    Attributes:
+        parts: of the parcels in the batch's order.
+        place: where each parcel is in that order, (B,).
+        n_rows: number of rows.
+        shape: (B, L).
+        dtype: of the pixels.
+    """
+
+    def __init__(self, pixels: Tensor, mask: Tensor, n_dates: Sequence[int] | None) -> None:
+        B, L, C, S = pixels.shape
+        if mask.stride(1) == 0:
+            mask = mask[:, :1]  # one mask for all dates, as the loader gives it
+        weight = mask.to(pixels.dtype).transpose(1, 2).unsqueeze(3)  # (B, S, L or 1, 1)
+        slots = torch.arange(1, S + 1)
+        sizes = ((mask != 0).any(1) * slots).amax(1).clamp(min=1).tolist()
+        dates = [L] * B if n_dates is None else n_dates
+        order = sorted(range(B), key=lambda parcel: (dates[parcel], sizes[parcel]))
+        self.place = torch.tensor(order).argsort()
+        self.shape, self.dtype = (B, L), pixels.dtype
+        self.n_rows = S * sum(dates)
+        rows, weight = pixels.new_empty(self.n_rows, C + 1), weight[torch.tensor(order)]
+        self.parts: list[_Part] = []
+        start = first_row = 0
+        for n, group in itertools.groupby(dates[parcel] for parcel in order):
+            end = start + len(list(group))
+            step = max(1, _PART_ROWS // (S * max(n, 1)))
+            for i in range(start if n else end, end, step):
+                parcels = slice(i, min(i + step, end))
+                last_row = first_row + (parcels.stop - i) * S * n
+                part_rows = rows[first_row:last_row].view(-1, S, n, C + 1)
+                size = max(sizes[parcel] for parcel in order[parcels])
+                self.parts.append(_Part(parcels, part_rows, weight[parcels][:, :, :n], size))
+                first_row = last_row
+            start = end
+
+        pixels = pixels.permute(0, 3, 1, 2)
+
+        def make_task() -> Callable[[int], None]:
+            def fill(i: int) -> None:
+                part = self.parts[i]
+                part.rows[..., C] = 1
+                for row, parcel in zip(part.rows, order[part.parcels]):
+                    row[..., :C] = pixels[parcel, :, : row.shape[1]]
+
+            return fill
+
+        share(len(self.parts), make_task)
+
+    def like_pooled(self, n_features: int) -> Tensor:
+        """Zeros for every date of every parcel, (B, L, n_features)."""
+        return torch.zeros(*self.shape, n_features, dtype=self.dtype)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest part."""
+        return max((part.rows[..., 0].numel() for part in self.parts), default=0)
 
 
 class Moments(NamedTuple):
@@ -105,7 +191,7 @@ def _update_running_statistics(bn: nn.BatchNorm1d, mean: Tensor, variance: Tenso
     bn.running_var.mul_(1 - share).add_(share * variance)
 
 
-def batch_moments(rows: Tensor, maps: Sequence[Tensor], W: Tensor) -> Moments:
+def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
     """Moments of the rows h that leave the layers folded so far and enter the one of weight W.
 
     Products of bands, which are often nearly collinear, are summed in float64; products of activations, in a
@@ -113,30 +199,37 @@ def batch_moments(rows: Tensor, maps: Sequence[Tensor], W: Tensor) -> Moments:
     little more than the rounding errors of these sums, they are taken again, in float64 and along the
     eigenvectors of that matrix: directions of large and of small variance then no longer mix.
     """
-    n = rows[..., 0].numel()
-    sum_type = rows.dtype if maps else torch.float64
-    moments = Moments(n, _Moments.apply(rows, sum_type, None, *maps), None)
+    n = batch.n_rows
+    sum_type = batch.dtype if maps else torch.float64
+    moments = Moments(n, _Moments.apply(batch, sum_type, None, *maps), None)
     with torch.no_grad():
         W = W.double()
         _, v = moments.of_output(W)
         second = moments.sums[:-1] / n
         summands = (W.abs() @ second.diagonal().sqrt()).square()  # no less than those whose sum v is
-        error, accepted = torch.finfo(sum_type).eps * summands, _LOST_DIGITS * torch.finfo(rows.dtype).eps * v
+        error, accepted = (
+            torch.finfo(sum_type).eps * summands,
+            _LOST_DIGITS * torch.finfo(batch.dtype).eps * v,
+        )
         if not (error > accepted).any():
             return moments
         V = torch.linalg.eigh(second).eigenvectors
-    return Moments(n, _Moments.apply(rows, torch.float64, V, *maps), V)
+    return Moments(n, _Moments.apply(batch, torch.float64, V, *maps), V)
 
 
 class _Layers:
     """Folded layers, h_l = relu([h_{l-1}, 1] A_l), of one chunk of rows at a time, forwards and backwards."""
 
-    def __init__(self, maps: Sequence[Tensor], rows: Tensor, ends_with_one: bool) -> None:
+    def __init__(
+        self, maps: Sequence[Tensor], batch: _Batch, ends_with_one: bool, backward: bool = False
+    ) -> None:
         self.maps = maps
         self.widths = [A.shape[1] for A in maps]
-        n_rows = min(len(rows), _chunk_parcels(rows)) * rows.shape[1] * rows.shape[2]
         ones = [True] * (len(maps) - 1) + [ends_with_one]
-        self._h = [rows.new_ones(n_rows, m + one) for m, one in zip(self.widths, ones)]
+        self._h = [
+            torch.ones(batch.most_rows, m + one, dtype=batch.dtype) for m, one in zip(self.widths, ones)
+        ]
+        self._g = [torch.zeros_like(buffer) for buffer in self._h] if backward else []
 
     def forward(self, rows: Tensor) -> list[Tensor]:
         """h_0 = rows, (r, C + 1), to h_n, the last with or without the 1; good until the next call."""
@@ -146,11 +239,6 @@ class _Layers:
             after.relu_()  # leaves the 1 as it is
         return h
 
-    def prepare_backward(self) -> None:
-        """Makes gradients of the maps, summed over the chunks, and buffers for those of the activations."""
-        self.gradients = [torch.zeros_like(A) for A in self.maps]
-        self._g = [torch.zeros_like(buffer) for buffer in self._h]
-
     def like_output(self) -> Tensor:
         """A buffer as large as that of h_n."""
         return torch.empty_like(self._h[-1])
@@ -159,15 +247,15 @@ class _Layers:
         """Where the gradient of h_n, (n_rows, m), has to be written before `backward`."""
         return self._g[-1][:n_rows, : self.widths[-1]]
 
-    def backward(self, h: list[Tensor], n_parcels: int) -> None:
-        """Adds a chunk's gradients: of g, that of h_l, relu leaves g [h_l > 0]; A_l gets [h_{l-1}, 1]^T g and
+    def backward(self, h: list[Tensor], n_parcels: int, gradients: list[Tensor]) -> None:
+        """Writes a chunk's gradients of the maps: of g, that of h_l, relu leaves g [h_l > 0]; A_l gets [h_{l-1}, 1]^T g and
         h_{l-1} gets g A_l^T, without the bias.
         """
         g = [buffer[: len(h[0])] for buffer in self._g]
         for i in reversed(range(len(self.maps))):
             torch.ops.aten.threshold_backward.grad_input(g[i], h[i + 1], 0, grad_input=g[i])
             g_i = g[i][:, : self.widths[i]]
-            self.gradients[i] += _sum_products(h[i], g_i, n_parcels)
+            torch.sum(_products(h[i], g_i, n_parcels), dim=0, out=gradients[i])
             if i > 0:
                 torch.mm(g_i, self.maps[i][:-1].t(), out=g[i - 1][:, : self.widths[i - 1]])
 
@@ -175,21 +263,30 @@ class _Layers:
 class _Moments(torch.autograd.Function):
     """The `sums` of `Moments` over all rows h that leave the folded layers.
 
-    Args of apply: rows (B, S, L, C + 1), the type in which a chunk's products are summed, V, the maps.
+    Args of apply: the batch, the type in which a part's products are summed, V, the maps.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, sum_type: torch.dtype, V: Tensor | None, *maps: Tensor) -> Tensor:
-        layers = _Layers(maps, rows, ends_with_one=True) if maps else None
-        k = (maps[-1] if maps else rows[0, 0, :, 1:]).shape[1]
-        sums = rows.new_zeros(k + 1, k, dtype=torch.float64)
-        for chunk in rows.split(_chunk_parcels(rows)):
-            h = chunk.flatten(0, 2)
-            h = (layers.forward(h)[-1] if layers else h).to(sum_type)
-            g = h if V is None else torch.cat([h[:, :k] @ V, h[:, k:]], dim=1)
-            sums += _sum_products(g, g[:, :k], len(chunk))
-        ctx.save_for_backward(rows, V, *maps)
-        return sums
+    def forward(ctx, batch: _Batch, sum_type: torch.dtype, V: Tensor | None, *maps: Tensor) -> Tensor:
+        k = maps[-1].shape[1] if maps else batch.parts[0].rows.shape[3] - 1
+        sums = torch.empty(len(batch.parts), k + 1, k, dtype=torch.float64)
+
+        def make_task() -> Callable[[int], None]:
+            layers = _Layers(maps, batch, ends_with_one=True) if maps else None
+
+            def add(i: int) -> None:
+                part = batch.parts[i]
+                h = part.flat_rows()
+                h = (layers.forward(h)[-1] if layers else h).to(sum_type)
+                g = h if V is None else torch.cat([h[:, :k] @ V, h[:, k:]], dim=1)
+                sums[i] = _products(g, g[:, :k], len(part.rows)).sum(0)
+
+            return add
+
+        share(len(batch.parts), make_task)
+        ctx.save_for_backward(V, *maps)
+        ctx.batch = batch
+        return sums.sum(0)
 
     @staticmethod
     @once_differentiable
@@ -197,42 +294,57 @@ class _Moments(torch.autograd.Function):
         """With D the gradient of the sum of g g^T, and d that of the sum of g: g gets (D + D^T) g + d, and h
         gets V times that.
         """
-        rows, V, *maps = ctx.saved_tensors
-        layers = _Layers(maps, rows, ends_with_one=True)
-        layers.prepare_backward()
+        batch, (V, *maps) = ctx.batch, ctx.saved_tensors
+        gradients = [A.new_empty(len(batch.parts), *A.shape) for A in maps]
         D, d = d_sums[:-1], d_sums[-1:]
         P = D + D.t()
-        P = torch.cat([P, d] if V is None else [V @ P @ V.t(), d @ V.t()]).to(rows.dtype)
-        for chunk in rows.split(_chunk_parcels(rows)):
-            h = layers.forward(chunk.flatten(0, 2))
-            torch.mm(h[-1], P, out=layers.output_gradient(len(h[-1])))
-            layers.backward(h, len(chunk))
-        return None, None, None, *layers.gradients
+        P = torch.cat([P, d] if V is None else [V @ P @ V.t(), d @ V.t()]).to(batch.dtype)
+
+        def make_task() -> Callable[[int], None]:
+            layers = _Layers(maps, batch, ends_with_one=True, backward=True)
+
+            def add(i: int) -> None:
+                part = batch.parts[i]
+                h = layers.forward(part.flat_rows())
+                torch.mm(h[-1], P, out=layers.output_gradient(len(h[-1])))
+                layers.backward(h, len(part.rows), [gradient[i] for gradient in gradients])
+
+            return add
+
+        share(len(batch.parts), make_task)
+        return None, None, None, *(gradient.sum(0) for gradient in gradients)
 
 
 class _Pooling(torch.autograd.Function):
     """Masked mean and standard deviation over the pixels of what leaves the folded layers, (B, L, E) each.
 
-    Args of apply: rows (B, S, L, C + 1); mask (B, S, L or 1, 1); for each parcel, in increasing order, the
-    number of pixels up to the last valid one; the maps.
+    Args of apply: the batch, the maps.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, mask: Tensor, sizes: list[int], *maps: Tensor) -> tuple[Tensor, Tensor]:
-        layers = _Layers(maps, rows, ends_with_one=False)
-        B, _, L, _ = rows.shape
-        mean, std = (rows.new_empty(B, L, maps[-1].shape[1]) for _ in range(2))
-        n = mask.sum(1)  # (B, L or 1, 1)
-        buffer = layers.like_output()
-        for part, h, w in _chunks(rows, mask, sizes):
-            z = layers.forward(h.reshape(-1, h.shape[3]))[-1]
-            deviation, z = (x.view(*h.shape[:3], -1) for x in (buffer[: len(z)], z))
-            _weighted_sum(w, z, out=mean[part]).div_(n[part])
-            torch.sub(z, mean[part].unsqueeze(1), out=deviation).square_()
-            _weighted_sum(w, deviation, out=std[part])
-        std.div_((n - 1).clamp(min=1)).add_(1e-31).sqrt_()
-        ctx.save_for_backward(rows, mask, n, mean, std, *maps)
-        ctx.sizes = sizes
+    def forward(ctx, batch: _Batch, *maps: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (batch.like_pooled(maps[-1].shape[1]) for _ in range(2))
+
+        def make_task() -> Callable[[int], None]:
+            layers = _Layers(maps, batch, ends_with_one=False)
+            buffer = layers.like_output()
+
+            def pool(i: int) -> None:
+                rows, w, shape = batch.parts[i].pooled_rows()
+                n = w.sum(1)
+                z = layers.forward(rows)[-1]
+                deviation, z = (x.view(*shape, -1) for x in (buffer[: len(z)], z))
+                m = _weighted_sum(w, z).div_(n)
+                torch.sub(z, m.unsqueeze(1), out=deviation).square_()
+                v = _weighted_sum(w, deviation).div_((n - 1).clamp(min=1))
+                here = batch.parts[i].parcels, slice(0, shape[2])
+                mean[here], std[here] = m, v.add_(1e-31).sqrt_()
+
+            return pool
+
+        share(len(batch.parts), make_task)
+        ctx.save_for_backward(mean, std, *maps)
+        ctx.batch = batch
         return mean, std
 
     @staticmethod
@@ -243,44 +355,38 @@ class _Pooling(torch.autograd.Function):
         That the mean moves with z changes no std, since the deviations sum to 0. A constant set, of one pixel
         say, has std 3e-16 from the constant under the root; its deviations are 0, and so is its gradient.
         """
-        rows, mask, n, mean, std, *maps = ctx.saved_tensors
-        layers = _Layers(maps, rows, ends_with_one=False)
-        layers.prepare_backward()
-        slope = torch.where(std > 1e-15, d_std / ((n - 1).clamp(min=1) * std), 0)
-        offset = d_mean / n - slope * mean
-        for part, h, w in _chunks(rows, mask, ctx.sizes):
-            activations = layers.forward(h.reshape(-1, h.shape[3]))
-            z = activations[-1].view(*h.shape[:3], -1)
-            g = layers.output_gradient(len(activations[-1])).view_as(z)
-            torch.addcmul(offset[part].unsqueeze(1), z, slope[part].unsqueeze(1), out=g).mul_(w)
-            layers.backward(activations, len(h))
-        return None, None, None, *layers.gradients
+        batch, (mean, std, *maps) = ctx.batch, ctx.saved_tensors
+        gradients = [A.new_empty(len(batch.parts), *A.shape) for A in maps]
+
+        def make_task() -> Callable[[int], None]:
+            layers = _Layers(maps, batch, ends_with_one=False, backward=True)
+
+            def add(i: int) -> None:
+                rows, w, shape = batch.parts[i].pooled_rows()
+                n = w.sum(1)
+                here = batch.parts[i].parcels, slice(0, shape[2])
+                slope = torch.where(std[here] > 1e-15, d_std[here] / ((n - 1).clamp(min=1) * std[here]), 0)
+                offset = d_mean[here] / n - slope * mean[here]
+                activations = layers.forward(rows)
+                z = activations[-1].view(*shape, -1)
+                g = layers.output_gradient(len(activations[-1])).view_as(z)
+                torch.addcmul(offset.unsqueeze(1), z, slope.unsqueeze(1), out=g).mul_(w)
+                layers.backward(activations, shape[0], [gradient[i] for gradient in gradients])
+
+            return add
+
+        share(len(batch.parts), make_task)
+        return None, *(gradient.sum(0) for gradient in gradients)
 
 
-def _sum_products(a: Tensor, b: Tensor, n_parcels: int) -> Tensor:
-    """a^T b, parcel by parcel: equal parts for the threads, and sums that round less than one long one."""
+def _products(a: Tensor, b: Tensor, n_parcels: int) -> Tensor:
+    """a^T b of every parcel: their sum rounds less than one long product."""
     a, b = (x.unflatten(0, (n_parcels, -1)) for x in (a, b))
-    return torch.bmm(a.transpose(1, 2), b).sum(0)
+    return torch.bmm(a.transpose(1, 2), b)
 
 
-def _weighted_sum(w: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Sum over the pixels of x (p, S, L, E), weighted by w (p, S, L or 1, 1), written to out (p, L, E)."""
+def _weighted_sum(w: Tensor, x: Tensor) -> Tensor:
+    """Sum over the pixels of x (p, S, L, E), weighted by w (p, S, L or 1, 1): (p, L, E)."""
     if w.shape[2] == 1:  # one product per parcel
-        torch.bmm(w.view(len(w), 1, -1), x.flatten(2), out=out.view(len(out), 1, -1))
-        return out
-    return torch.sum(w * x, dim=1, out=out)
-
-
-def _chunk_parcels(rows: Tensor) -> int:
-    """Parcels in a chunk of rows (B, S, L, C + 1)."""
-    _, S, L, _ = rows.shape
-    return max(1, _CHUNK_ROWS // (S * L))
-
-
-def _chunks(rows: Tensor, mask: Tensor, sizes: list[int]) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A few parcels at a time: their slice, and rows and mask up to the last valid pixel of the largest."""
-    step = _chunk_parcels(rows)
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        size = max(sizes[part])
-        yield part, rows[part, :size], mask[part, :size]
+        return torch.bmm(w.view(len(w), 1, -1), x.flatten(2)).view(len(x), *x.shape[2:])
+    return torch.sum(w * x, dim=1)

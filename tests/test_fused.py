@@ -97,7 +97,7 @@ def assert_like_plain(encoder: PixelSetEncoder, batch: Batch) -> None:
 @pytest.mark.parametrize("per_date", [False, True], ids=["one mask", "mask per date"])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_like_plain(training: bool, per_date: bool, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(fused, "_PART_ROWS", chunk_rows)
     assert_like_plain(build().train(training), draw_batch(per_date=per_date))
 
 
