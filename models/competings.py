@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
-from models.layers import PositionalTable, mlp
+from models.layers import Positions, PositionalTable, check_all_dates, mlp
 
 T = 1000  # period of the positional encoding, fixed as published
 
 
-def positional_table(positions: Sequence[float] | None, width: int) -> PositionalTable | None:
+def positional_table(positions: Positions, width: int) -> PositionalTable | None:
     """Table with one row per date, or None without positions: these two encoders know the order of the dates."""
     return None if positions is None else PositionalTable(positions, width, T)
 
@@ -20,22 +22,28 @@ class GRU(nn.Module):
     Args:
         in_channels: channels of the input embeddings.
         hidden_dim: size of the hidden state.
-        positions: days of the dates since the first one; None adds no positional encoding.
+        positions: days of the dates since the first one; None adds no positional encoding; "days" keeps no table, all
+            positions are computed from the days of each batch.
     """
 
-    def __init__(
-        self, in_channels: int = 128, hidden_dim: int = 128, positions: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, in_channels: int = 128, hidden_dim: int = 128, positions: Positions = None) -> None:
         super().__init__()
         self.output_dim = hidden_dim
         self.position_enc = positional_table(positions, in_channels)
         self.gru_cell = nn.GRU(in_channels, hidden_dim, batch_first=True)  # name fixed by published weights
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encodes x (B, L, in_channels) as (B, hidden_dim)."""
+    def forward(self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """Encodes x (B, L, in_channels) as (B, hidden_dim); days and present, (B, L), as in `LTAE.forward`.
+
+        The dates are read in the order given, those present first.
+        """
         if self.position_enc is not None:
-            x = self.position_enc(x)
-        return self.gru_cell(x)[0][:, -1]
+            x = self.position_enc(x, days)
+        if present is None:
+            return self.gru_cell(x)[0][:, -1]
+        lengths = present.sum(1).clamp(min=1).cpu()
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.gru_cell(packed)[1][0]  # the state after each parcel's last date
 
 
 class TempConv(nn.Module):
@@ -47,6 +55,11 @@ class TempConv(nn.Module):
         seq_len: number of dates.
         nfc: widths of the linear layers.
         positions: days of the dates since the first one; None adds no positional encoding.
+        grid: seq_len days in increasing order, for dates that vary: embeddings are interpolated linearly to these
+            days, from the nearest date alone beyond the first and the last.
+
+    Raises:
+        ValueError: if grid or positions do not list seq_len days.
     """
 
     def __init__(
@@ -56,8 +69,18 @@ class TempConv(nn.Module):
         seq_len: int,
         nfc: Sequence[int],
         positions: Sequence[float] | None = None,
+        *,
+        grid: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if grid is not None and len(grid) != seq_len:
+            raise ValueError(
+                f"TempCNN: grid lists {len(grid)} days but seq_len is {seq_len}; they must agree."
+            )
+        self.seq_len = seq_len
+        self.register_buffer(
+            "grid", None if grid is None else torch.tensor(grid, dtype=torch.float32), persistent=False
+        )
         self.output_dim = nfc[-1]
         self.position_enc = positional_table(positions, input_size)
         layers: list[nn.Module] = []
@@ -66,8 +89,39 @@ class TempConv(nn.Module):
         self.conv1d = nn.Sequential(*layers)  # names fixed by published weights
         self.linear = mlp([nker[-1] * seq_len, *nfc])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Encodes x (B, L, input_size) as (B, nfc[-1]); L must be seq_len."""
+    def forward(self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+        """Encodes x (B, L, input_size) as (B, nfc[-1]); without a grid, L must be seq_len and every date present.
+
+        Args:
+            x: (B, L, input_size).
+            days: of each date, (B, L); needed with a grid.
+            present: whether each date is there, (B, L); None if all are.
+        """
+        if self.grid is not None:
+            if days is None:
+                raise ValueError(
+                    "this TempCNN interpolates to a grid of days; give it a models.series.Series."
+                )
+            x, days = interpolate(x, days, present, self.grid), None
+        check_all_dates(x, None if self.grid is not None else present, self.seq_len)
         if self.position_enc is not None:
-            x = self.position_enc(x)
+            x = self.position_enc(x, days)
         return self.linear(self.conv1d(x.transpose(1, 2)).flatten(1))
+
+
+def interpolate(x: Tensor, days: Tensor, present: Tensor | None, grid: Tensor) -> Tensor:
+    """Linear interpolation in time of x (B, L, E), at days (B, L) in any order, to the days of grid (G,): (B, G, E).
+
+    Before the first and after the last date that is present, its own value; 0 for a parcel without dates.
+    """
+    days = days.to(grid.dtype)
+    if present is None:
+        present = torch.ones_like(days, dtype=torch.bool)
+    days, order = days.masked_fill(~present, torch.inf).sort(dim=1, stable=True)
+    last = (present.sum(1, keepdim=True) - 1).clamp(min=0)
+    right = torch.searchsorted(days, grid.expand(len(x), -1).contiguous())
+    left, right = (right - 1).clamp(min=0).minimum(last), right.minimum(last)
+    before, after = days.gather(1, left), days.gather(1, right)
+    share = torch.where(after > before, (grid - before) / (after - before), 0).clamp(0, 1)  # of the right one
+    values = (x.gather(1, order.gather(1, i).unsqueeze(2).expand(-1, -1, x.shape[2])) for i in (left, right))
+    return torch.lerp(*values, share.unsqueeze(2))

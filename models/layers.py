@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 
 
+Positions = Sequence[float] | str | None  # days of the dates; DAYS; or None to number the dates
+DAYS = "days"  # positions are computed from the days that come with every batch
+
+
 class PositionalTable(nn.Module):
     """Sinusoid positional encoding, one row per position (L-TAE paper, eq. 4).
 
@@ -14,7 +18,7 @@ class PositionalTable(nn.Module):
 
     Args:
         positions: one position per date, in days since the first date; row t then belongs to date t. None numbers
-            the dates: the table has rows 0..len_max_seq and date t (from 0) reads row t + 1.
+            the dates: the table has rows 0..len_max_seq and date t (from 0) reads row t + 1. "days" keeps no table.
         width: number of channels of one table.
         T: period of the slowest sinusoid is 2 pi T.
         len_max_seq: longest sequence that can be encoded, used if `positions` is None.
@@ -22,26 +26,44 @@ class PositionalTable(nn.Module):
     """
 
     def __init__(
-        self, positions: Sequence[float] | None, width: int, T: float, len_max_seq: int = 24, repeat: int = 1
+        self, positions: Positions, width: int, T: float, len_max_seq: int | None = 24, repeat: int = 1
     ) -> None:
         super().__init__()
+        if isinstance(positions, str) and positions != DAYS:
+            raise ValueError(f"positions is {positions!r}; give a list of days, None, or {DAYS!r}.")
+        if positions is None and len_max_seq is None:
+            raise ValueError(
+                f"numbered dates need len_max_seq, their largest number; or pass positions={DAYS!r}."
+            )
+        self.width, self.T, self.repeat = width, T, repeat
         self.first_row = 1 if positions is None else 0
-        rows = range(len_max_seq + 1) if positions is None else list(positions)
-        self.register_buffer("weight", sinusoid_table(rows, width, T).repeat(1, repeat))
+        table = None
+        if positions != DAYS:
+            rows = range(len_max_seq + 1) if positions is None else list(positions)
+            table = self.encode(torch.tensor(rows))
+        self.register_buffer("weight", table)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Adds to the dates of x, (B, L, E), their rows of the table."""
+    def encode(self, positions: Tensor) -> Tensor:
+        """Rows (n, repeat * width) for positions (n,)."""
+        return sinusoid_table(positions, self.width, self.T).repeat(1, self.repeat)
+
+    def forward(self, x: Tensor, days: Tensor | None = None) -> Tensor:
+        """Adds to the dates of x, (B, L, E), their rows of the table, or those computed from their days (B, L)."""
+        if days is not None:
+            different, index = torch.unique(days, return_inverse=True)  # many parcels share a day
+            return x + self.encode(different).to(x.dtype)[index]
+        if self.weight is None:
+            raise ValueError("this model computes positions from days; give it a models.series.Series.")
         rows = self.weight[self.first_row : self.first_row + x.shape[1]]
         if len(rows) < x.shape[1]:
             raise ValueError(f"the series has {x.shape[1]} dates but the model was made for {len(rows)}.")
         return x + rows
 
 
-def sinusoid_table(positions: Sequence[float], width: int, T: float) -> Tensor:
-    """The table of `PositionalTable` as (len(positions), width), computed in float64 and returned in float32."""
-    p = torch.tensor(list(positions), dtype=torch.float64)
-    i = torch.arange(width)
-    angle = p[:, None] / T ** (2 * (i // 2).double() / width)
+def sinusoid_table(positions: Tensor, width: int, T: float) -> Tensor:
+    """The table of `PositionalTable` for positions (n,) as (n, width), computed in float64 and returned in float32."""
+    i = torch.arange(width, device=positions.device)
+    angle = positions.double()[:, None] / T ** (2 * (i // 2).double() / width)
     return torch.where(i % 2 == 0, angle.sin(), angle.cos()).float()
 
 
@@ -63,19 +85,31 @@ class DateProjection(nn.Sequential):
 
     The layers are those of published weights (a convolution of width 1 and a LayerNorm over (d_model, L)); they are
     applied to dates as rows, (B, L, C) -> (B, L, d_model), which needs no transposed copy of the activations.
+    With n_dates None, for dates that vary, each date is normalised alone, over d_model.
     """
 
-    def __init__(self, in_channels: int, d_model: int, n_dates: int) -> None:
-        super().__init__(nn.Conv1d(in_channels, d_model, 1), nn.LayerNorm((d_model, n_dates)))
+    def __init__(self, in_channels: int, d_model: int, n_dates: int | None) -> None:
+        shape = (d_model,) if n_dates is None else (d_model, n_dates)
+        super().__init__(nn.Conv1d(in_channels, d_model, 1), nn.LayerNorm(shape))
+        self.n_dates = n_dates
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         conv, norm = self
         x = nn.functional.linear(x, conv.weight.squeeze(2), conv.bias)  # (B, L, d_model)
+        if self.n_dates is None:
+            return norm(x)
+        check_all_dates(x, present, self.n_dates)
         return nn.functional.layer_norm(x, x.shape[1:], norm.weight.t(), norm.bias.t(), norm.eps)
 
 
-def attention_weights(scores: Tensor, d_k: int, dropout: nn.Module) -> Tensor:
-    """Scaled softmax over the dates of scores, (B, L, H), followed by dropout."""
+def attention_weights(scores: Tensor, d_k: int, dropout: nn.Module, present: Tensor | None = None) -> Tensor:
+    """Scaled softmax over the dates of scores, (B, L, H), followed by dropout.
+
+    Dates that are absent, where present (B, L) is False, get no weight.
+    """
+    if present is not None:
+        # Not minus infinity: of a parcel without any date the softmax shall not be NaN.
+        scores = scores.masked_fill(~present.unsqueeze(2), torch.finfo(scores.dtype).min)
     return dropout(torch.softmax(scores / d_k**0.5, dim=1))
 
 
@@ -84,9 +118,19 @@ def trainable_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def check_dates(name: str, len_max_seq: int, positions: Sequence[float] | None) -> None:
+def check_all_dates(x: Tensor, present: Tensor | None, n_dates: int) -> None:
+    """Raises ValueError unless all of x (B, n_dates, E) is there: for encoders that know no other number of dates."""
+    if x.shape[1] != n_dates or (present is not None and not present.all()):
+        raise ValueError(
+            f"this model was made for series of exactly {n_dates} dates, all present; train one for varying dates."
+        )
+
+
+def check_dates(name: str, len_max_seq: int | None, positions: Positions) -> None:
     """Raises ValueError where the LayerNorm of the projection cannot fit the dates that `positions` lists."""
-    if positions is not None and len(positions) != len_max_seq:
+    if isinstance(positions, (str, type(None))) or len_max_seq is None:
+        return
+    if len(positions) != len_max_seq:
         raise ValueError(
             f"{name}: positions lists {len(positions)} dates but len_max_seq is {len_max_seq}; with d_model given the "
             f"two must agree, so set len_max_seq={len(positions)}."

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.layers import DateProjection, PositionalTable, attention_weights, check_dates, mlp
+from models.layers import DateProjection, Positions, PositionalTable, attention_weights, check_dates, mlp
 
 
 class LTAE(nn.Module):
@@ -19,8 +19,10 @@ class LTAE(nn.Module):
         dropout: dropout after that MLP (the attention's own dropout is 0.1, as published).
         d_model: channels to project the input to; None for no projection.
         T: period of the positional encoding.
-        len_max_seq: number of dates, or the most there can be if `positions` and `d_model` are None.
-        positions: days of the dates since the first one; None numbers the dates.
+        len_max_seq: number of dates, or the most there can be if `positions` and `d_model` are None. None for dates
+            that vary: the projection is then normalised date by date.
+        positions: days of the dates since the first one; None numbers the dates; "days" keeps no table, all positions
+            are computed from the days of each batch.
         return_att: whether forward returns the attention too.
 
     Raises:
@@ -36,8 +38,8 @@ class LTAE(nn.Module):
         dropout: float = 0.2,
         d_model: int | None = 256,
         T: int = 1000,
-        len_max_seq: int = 24,
-        positions: Sequence[float] | None = None,
+        len_max_seq: int | None = 24,
+        positions: Positions = None,
         return_att: bool = False,
     ) -> None:
         super().__init__()
@@ -66,13 +68,24 @@ class LTAE(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.outlayernorm = nn.LayerNorm(n_neurons[-1])
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Encodes x (B, L, in_channels) as (B, n_neurons[-1]); with return_att also the attention (H, B, L)."""
+    def forward(
+        self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Encodes a series.
+
+        Args:
+            x: (B, L, in_channels).
+            days: of each date, (B, L); None for those the encoder was made for.
+            present: whether each date is there, (B, L); None if all are.
+
+        Returns:
+            (B, n_neurons[-1]); with return_att also the attention (H, B, L).
+        """
         x = self.inlayernorm(x)
         if self.inconv is not None:
-            x = self.inconv(x)
-        x = self.position_enc(x)
-        x, attention = self.attention_heads(x)
+            x = self.inconv(x, present)
+        x = self.position_enc(x, days)
+        x, attention = self.attention_heads(x, present)
         x = self.outlayernorm(self.dropout(self.mlp(x)))
         return (x, attention.permute(2, 0, 1)) if self.return_att else x
 
@@ -93,12 +106,12 @@ class MultiHeadAttention(nn.Module):
             nn.init.normal_(weight, std=(2 / d_k) ** 0.5)
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, L, E) -> concatenated heads (B, E), attention (B, L, H)."""
+    def forward(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, L, E), present (B, L) or None -> concatenated heads (B, E), attention (B, L, H)."""
         B, L, E = x.shape
         W = self.fc1_k.weight.view(self.n_head, self.d_k, E)
         master = torch.einsum("hke,hk->he", W, self.Q)  # W_h^T q_h, one vector per head
-        attention = attention_weights(x @ master.t(), self.d_k, self.dropout)  # (B, L, H)
+        attention = attention_weights(x @ master.t(), self.d_k, self.dropout, present)  # (B, L, H)
         slices = x.view(B, L, self.n_head, E // self.n_head)
         # A product and a sum, where einsum would first copy x head by head.
         return (attention.unsqueeze(3) * slices).sum(1).view(B, E), attention

@@ -73,28 +73,38 @@ class PixelSetEncoder(nn.Module):
         self.mlp1 = nn.ModuleList(linlayer(n_in, n_out) for n_in, n_out in zip(mlp1[:-1], mlp1[1:]))
         self.mlp2 = mlp(mlp2, last="norm")
 
-    def forward(self, input: PixelSet) -> Tensor:
+    def forward(self, input: PixelSet, present: Tensor | None = None) -> Tensor:
         """Encodes a batch.
 
         Args:
             input: ((pixels, mask), extra), or (pixels, mask) without extra features. pixels (B, L, C, S); mask
                 (B, L, S), 1 for a pixel of the parcel and 0 for one that fills the set up; extra (B, L, F).
                 Fastest if pixels is a view of pixel-major memory (B, S, L, C), as `dataset.py` loads them.
+            present: which dates each parcel has, (B, L), its first ones; None if all. The others enter nothing.
 
         Returns:
-            (B, L, mlp2[-1]).
+            (B, L, mlp2[-1]); 0 for a date that is not present.
         """
         (pixels, mask), extra = split_input(input)
         if self.with_extra and extra is None:
             raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
         B, L, _, _ = pixels.shape
         if self._can_fuse(pixels):
-            features = list(pool_mean_std(pixels, mask, self.mlp1))
-        else:
-            features = self._pool(pixels, mask)
+            n_dates = None if present is None else present.sum(1).tolist()
+            features = [x.flatten(0, 1) for x in pool_mean_std(pixels, mask, self.mlp1, n_dates)]
+            features = features if present is None else [x[present.flatten()] for x in features]
+        elif present is None:
+            features = [x.flatten(0, 1) for x in self._pool(pixels, mask)]
+        else:  # every date that is present as a parcel of one date
+            sets = self._pool(pixels[present].unsqueeze(1), mask[present].unsqueeze(1))
+            features = [x.flatten(0, 1) for x in sets]
         if self.with_extra:
-            features.append(extra.to(pixels.dtype))
-        return self.mlp2(torch.cat(features, dim=2).view(B * L, -1)).view(B, L, -1)
+            extra = extra.to(pixels.dtype)
+            features.append(extra.flatten(0, 1) if present is None else extra[present])
+        encoded = self.mlp2(torch.cat(features, dim=1))
+        if present is None:
+            return encoded.view(B, L, -1)
+        return encoded.new_zeros(B, L, encoded.shape[1]).masked_scatter(present.unsqueeze(2), encoded)
 
     def _can_fuse(self, pixels: Tensor) -> bool:
         """Whether `fused.py` serves: on a CPU, for mean and std, unless the pixels need a gradient (saliency maps)."""

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from models.competings import GRU, TempConv
 from models.decoder import get_decoder
-from models.layers import trainable_parameters
+from models.layers import Positions, trainable_parameters
 from models.ltae import LTAE
 from models.pse import PixelSet, PixelSetEncoder
+from models.series import Series, present_first
 from models.tae import TemporalAttentionEncoder
 from models.weights import choose_folds, load_weights, read_checkpoint
 
@@ -42,21 +43,40 @@ class PseClassifier(nn.Module):
         self.temporal_encoder = temporal_encoder
         self.decoder = get_decoder(mlp4)
 
-    def forward(self, input: PixelSet) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, input: PixelSet | Series) -> Tensor | tuple[Tensor, Tensor]:
         """Classifies a batch of parcels.
 
         Args:
             input: ((pixels, mask), extra), or (pixels, mask) without extra features: pixels (B, L, C, S), mask
-                (B, L, S) of 0 and 1, extra (B, L, F).
+                (B, L, S) of 0 and 1, extra (B, L, F); all dates are present and those the model was made for. Or a
+                `Series`, whose positions are computed from its days.
 
         Returns:
-            Logits (B, K); with return_att a tuple of logits and attention (H, B, L).
+            Logits (B, K); with return_att a tuple of logits and attention (H, B, L). In evaluation mode, those of a
+            parcel without any observation are NaN.
         """
+        if isinstance(input, Series):
+            return self._classify_series(input)
         encoded = self.temporal_encoder(self.spatial_encoder(input))
         if isinstance(encoded, tuple):
             encoded, attention = encoded
             return self.decoder(encoded), attention
         return self.decoder(encoded)
+
+    def _classify_series(self, series: Series) -> Tensor | tuple[Tensor, Tensor]:
+        L = series.mask.shape[1]
+        (pixels, mask, extra, days), present, place = present_first(series)
+        x = self.spatial_encoder((pixels, mask) if extra is None else ((pixels, mask), extra), present)
+        encoded = self.temporal_encoder(x, days, present)
+        encoded, attention = encoded if isinstance(encoded, tuple) else (encoded, None)
+        logits = self.decoder(encoded)
+        if not self.training:
+            logits = logits.masked_fill(~present.any(1, keepdim=True), torch.nan)
+        if attention is None:
+            return logits
+        attention = attention * present  # a parcel without dates attends to none
+        whole = attention.new_zeros(*attention.shape[:2], L)
+        return logits, whole.scatter(2, place.expand_as(attention), attention)
 
     def param_ratio(self) -> int:
         """Prints the number of trainable parameters with each part's share, and returns it."""
@@ -88,8 +108,8 @@ class PseLTae(PseClassifier):
         mlp3: Sequence[int] = (256, 128),
         dropout: float = 0.2,
         T: int = 1000,
-        len_max_seq: int = 24,
-        positions: Sequence[float] | None = None,
+        len_max_seq: int | None = 24,
+        positions: Positions = None,
         mlp4: Sequence[int] = (128, 64, 32, 20),
         return_att: bool = False,
     ) -> None:
@@ -115,8 +135,8 @@ class PseTae(PseClassifier):
         mlp3: Sequence[int] = (512, 128, 128),
         dropout: float = 0.2,
         T: int = 1000,
-        len_max_seq: int = 24,
-        positions: Sequence[float] | None = None,
+        len_max_seq: int | None = 24,
+        positions: Positions = None,
         mlp4: Sequence[int] = (128, 64, 32, 20),
         return_att: bool = False,
     ) -> None:
@@ -140,7 +160,7 @@ class PseGru(PseClassifier):
         extra_size: int = 4,
         hidden_dim: int = 128,
         mlp4: Sequence[int] = (128, 64, 32, 20),
-        positions: Sequence[float] | None = None,
+        positions: Positions = None,
     ) -> None:
         pse = PixelSetEncoder(input_dim, mlp1, pooling, mlp2, with_extra, extra_size)
         super().__init__(pse, GRU(mlp2[-1], hidden_dim, positions), mlp4)
@@ -162,9 +182,11 @@ class PseTempCNN(PseClassifier):
         seq_len: int = 24,
         mlp4: Sequence[int] = (128, 64, 32, 20),
         positions: Sequence[float] | None = None,
+        *,
+        grid: Sequence[float] | None = None,
     ) -> None:
         pse = PixelSetEncoder(input_dim, mlp1, pooling, mlp2, with_extra, extra_size)
-        super().__init__(pse, TempConv(mlp2[-1], nker, seq_len, mlp3, positions), mlp4)
+        super().__init__(pse, TempConv(mlp2[-1], nker, seq_len, mlp3, positions, grid=grid), mlp4)
 
 
 class Ensemble(nn.Module):
@@ -184,17 +206,17 @@ class Ensemble(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def member_log_probabilities(self, input: PixelSet) -> Tensor:
+    def member_log_probabilities(self, input: PixelSet | Series) -> Tensor:
         """Every member's log-softmax, (members, B, K)."""
         outputs = (member(input) for member in self.members)
         logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
         return torch.log_softmax(torch.stack(logits), dim=2)
 
-    def forward(self, input: PixelSet) -> Tensor:
+    def forward(self, input: PixelSet | Series) -> Tensor:
         """Mean over the members of their log-softmax, (B, K)."""
         return self.member_log_probabilities(input).mean(0)
 
-    def predict_class(self, input: PixelSet) -> Tensor:
+    def predict_class(self, input: PixelSet | Series) -> Tensor:
         """Index of the most likely class of each parcel, (B,)."""
         return self(input).argmax(1)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.layers import DateProjection, PositionalTable, attention_weights, check_dates, mlp
+from models.layers import DateProjection, Positions, PositionalTable, attention_weights, check_dates, mlp
 
 
 class TemporalAttentionEncoder(nn.Module):
@@ -19,8 +19,10 @@ class TemporalAttentionEncoder(nn.Module):
         n_neurons: widths of the MLP after the attention, from n_head * d_model on.
         dropout: dropout after that MLP (the attention's own dropout is 0.1, as published).
         T: period of the positional encoding.
-        len_max_seq: number of dates, or the most there can be if `positions` and `d_model` are None.
-        positions: days of the dates since the first one; None numbers the dates.
+        len_max_seq: number of dates, or the most there can be if `positions` and `d_model` are None. None for dates
+            that vary: the projection is then normalised date by date.
+        positions: days of the dates since the first one; None numbers the dates; "days" keeps no table, all positions
+            are computed from the days of each batch.
         return_att: whether forward returns the attention too.
 
     Raises:
@@ -36,8 +38,8 @@ class TemporalAttentionEncoder(nn.Module):
         n_neurons: Sequence[int] = (512, 128, 128),
         dropout: float = 0.2,
         T: int = 1000,
-        len_max_seq: int = 24,
-        positions: Sequence[float] | None = None,
+        len_max_seq: int | None = 24,
+        positions: Positions = None,
         return_att: bool = False,
     ) -> None:
         super().__init__()
@@ -61,12 +63,23 @@ class TemporalAttentionEncoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.outlayernorm = nn.LayerNorm(n_neurons[-1])
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Encodes x (B, L, in_channels) as (B, n_neurons[-1]); with return_att also the attention (H, B, L)."""
-        x = self.position_enc(self.inlayernorm(x))  # before the projection, unlike L-TAE
+    def forward(
+        self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Encodes a series.
+
+        Args:
+            x: (B, L, in_channels).
+            days: of each date, (B, L); None for those the encoder was made for.
+            present: whether each date is there, (B, L); None if all are.
+
+        Returns:
+            (B, n_neurons[-1]); with return_att also the attention (H, B, L).
+        """
+        x = self.position_enc(self.inlayernorm(x), days)  # before the projection, unlike L-TAE
         if self.inconv is not None:
-            x = self.inconv(x)
-        x, attention = self.attention_heads(x)
+            x = self.inconv(x, present)
+        x, attention = self.attention_heads(x, present)
         x = self.outlayernorm(self.dropout(self.mlp(x)))
         return (x, attention.permute(2, 0, 1)) if self.return_att else x
 
@@ -88,11 +101,21 @@ class MultiHeadAttention(nn.Module):
         self.fc2 = nn.Sequential(nn.BatchNorm1d(n_head * d_k), nn.Linear(n_head * d_k, n_head * d_k))
         self.dropout = nn.Dropout(0.1)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, L, E) -> concatenated heads (B, H * E), attention (B, L, H)."""
+    def forward(self, x: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, L, E), present (B, L) or None -> concatenated heads (B, H * E), attention (B, L, H)."""
         B, L, E = x.shape
-        q = self.fc2(self.fc1_q(x.mean(1))).view(B, self.n_head, self.d_k)
+        q = self.fc2(self.fc1_q(mean_date(x, present))).view(B, self.n_head, self.d_k)
         W = self.fc1_k.weight.view(self.n_head, self.d_k, E)
         master = torch.einsum("hke,bhk->bhe", W, q)  # W_h^T q_h, one vector per parcel and head
-        attention = attention_weights(x @ master.transpose(1, 2), self.d_k, self.dropout)  # (B, L, H)
+        attention = attention_weights(
+            x @ master.transpose(1, 2), self.d_k, self.dropout, present
+        )  # (B, L, H)
         return (attention.transpose(1, 2) @ x).reshape(B, -1), attention
+
+
+def mean_date(x: Tensor, present: Tensor | None) -> Tensor:
+    """Mean over the dates of x (B, L, E) that are present, (B, E)."""
+    if present is None:
+        return x.mean(1)
+    weight = present.unsqueeze(2).to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1).clamp(min=1)

@@ -670,6 +670,7 @@ SIGNATURES = {
 def test_signature(public: Callable):
     """Names, order and defaults are those of the published constructors; positional calls depend on them."""
     parameters = inspect.signature(public).parameters.values()
+    parameters = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]  # ours alone
     found = [(p.name, list(p.default) if isinstance(p.default, tuple) else p.default) for p in parameters]
     namespace: dict = {}
     exec(f"def published({SIGNATURES[public]}): ...", namespace)
