@@ -1,0 +1,195 @@
+"""Makes a dataset folder from satellite images and parcel outlines.
+
+    python -m preprocessing.prepare --images FOLDER --parcels FILE --output DIR --label_column crop
+
+Every parcel is rasterised once; then each image is read once, block by block. A run that was killed goes on after the
+last date it finished, when started again with the same images, parcels and options.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from learning.errors import UserError, as_user_error, run_cli
+from learning.files import write_bytes, write_json
+from learning.options import Parser, positive
+
+LEFT_OUT = "left_out.csv"
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = Parser(description="Makes a dataset folder from satellite images and parcel outlines.")
+    group = parser.add_argument_group("input and output")
+    group.add_argument(
+        "--images",
+        required=True,
+        help="folder, glob pattern in quotes, or STAC item collection; names contain dates",
+    )
+    group.add_argument("--parcels", required=True, help="file with the outlines, in any vector format")
+    group.add_argument("--output", required=True, help="dataset folder to write, new or empty")
+    group = parser.add_argument_group("parcels")
+    group.add_argument("--label_column", help="column of the labels; without it, the dataset has none")
+    group.add_argument("--class_column", help="column of the labels' names, where labels are numbers")
+    group.add_argument("--id_column", help="column of the ids; without it, parcels are numbered from 1")
+    group.add_argument("--layer", help="layer of the parcels' file; needed where it has several")
+    group.add_argument(
+        "--buffer", type=_number, default=0.0, help="metres by which outlines grow; negative: shrink"
+    )
+    group.add_argument("--min_pixels", type=positive, default=1, help="leave out parcels with fewer pixels")
+    group.add_argument(
+        "--skip_invalid", action="store_true", help="leave out empty outlines instead of stopping"
+    )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--bands", nargs="+", help="names or numbers of the bands; without it, all of the first image"
+    )
+    group.add_argument("--nodata", type=_number, help="value of missing pixels, besides what the files name")
+    group.add_argument(
+        "--cloud_mask", help="band of the images, or pattern of files in quotes, that shows clouds"
+    )
+    group.add_argument(
+        "--clear", type=int, nargs="+", help="values of the cloud mask where the ground is seen"
+    )
+    group.add_argument("--scale", type=_number, help="factor of all values, such as 0.0001; writes float32")
+    group = parser.add_argument_group("computing")
+    group.add_argument("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
+    group.add_argument("--scheduler", help="address of a Dask scheduler whose workers read the images")
+    return parser.parse_args()
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not finite")
+    return value
+
+
+def _gigabytes(text: str) -> float:
+    value = float(text)
+    if not 0.05 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0.05")
+    return value
+
+
+def main() -> None:
+    """Command line: python -m preprocessing.prepare."""
+    args = parse_args()
+    if (args.cloud_mask is None) != (args.clear is None):
+        raise UserError(
+            "--cloud_mask and --clear belong together: the mask, and its values where the ground is seen."
+        )
+    if args.class_column and not args.label_column:
+        raise UserError("--class_column names the labels of --label_column; give both.")
+    if args.scale == 0:
+        raise UserError("--scale is 0; give the factor that turns values into reflectances, such as 0.0001.")
+    output = Path(args.output).resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} exists and is not an empty folder; name a new one or remove it.")
+    with as_user_error(ImportError, prefix="preparing images needs the packages of requirements-geo.txt: "):
+        from preprocessing.grids import place_images
+        from preprocessing.images import find_images
+        from preprocessing.outlines import read_parcels
+    images, bands = find_images(args.images, args.bands, args.cloud_mask)
+    grids = place_images(images)
+    parcels = read_parcels(
+        args.parcels, args.label_column, args.id_column, args.layer, args.skip_invalid, args.class_column
+    )
+    with as_user_error(OSError, prefix=f"the dataset cannot be written to {output}: "):
+        images = [image for grid in grids for image in grid.images]
+        with _working_folder(output, _fingerprint(args, images)) as work:
+            _prepare(args, output, work, grids, bands, parcels)
+
+
+@contextmanager
+def _working_folder(output: Path, fingerprint: str) -> Iterator[Path]:
+    """A hidden folder beside the output, where a run with the same input goes on; one run at a time."""
+    work, lock = output.with_name(f".{output.name}-{fingerprint}"), output.with_name(f".{output.name}.lock")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            try:
+                for other in set(output.parent.glob(f".{escape(output.name)}-{'[0-9a-f]' * 16}")) - {work}:
+                    shutil.rmtree(other)  # of a run with other input that was killed
+                work.mkdir(exist_ok=True)
+                yield work
+            finally:
+                if not any(work.glob("*.npy")):  # nothing to go on with
+                    shutil.rmtree(work, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+    except Timeout:
+        raise UserError(
+            f"{output} is being prepared already; wait for that run or choose another --output."
+        ) from None
+
+
+def _prepare(
+    args: argparse.Namespace, output: Path, work: Path, grids: list, bands: list[str], parcels: object
+) -> None:
+    """Writes the dataset in the working folder, from where it is renamed."""
+    from preprocessing.extract import choose_reading, extract, read_pixels
+    from preprocessing.layout import lay_out
+    from preprocessing.pixelsets import check_overlap, check_room, select, write_dataset
+    from preprocessing.workers import open_workers
+
+    images = [image for grid in grids for image in grid.images]
+    reading = choose_reading(images, args.nodata, args.clear or (), args.scale)
+    check_overlap(parcels.table, grids, args.parcels)
+    memory = int(args.memory * 1e9)
+    with open_workers(args.scheduler, read_pixels, images[0].bands[0].path) as workers:
+        layouts = lay_out(parcels.table.geometry, grids, args.buffer, work)
+        left_out = [*parcels.left_out, *select(layouts, parcels.table, args.min_pixels, args.buffer)]
+        check_room(layouts, len(bands), reading, work)
+        extract(layouts, reading, work, memory, workers)
+    complete = work / "complete"
+    shutil.rmtree(complete, ignore_errors=True)
+    info = {"nodata": None if math.isnan(reading.fill) else reading.fill, "bands": bands, "scale": args.scale}
+    report = write_dataset(complete, layouts, parcels.table, reading, info, args.label_column, memory)
+    if parcels.classes:
+        write_json(complete / "META" / "classes.json", {args.label_column: parcels.classes})
+    left_out += report.left_out
+    rows = io.StringIO()
+    csv.writer(rows).writerows([("parcel", "reason"), *left_out])
+    write_bytes(complete / "META" / LEFT_OUT, rows.getvalue().encode())
+    if output.exists():
+        output.rmdir()
+    complete.rename(output)
+    shutil.rmtree(work)
+    _print_report(output, report.summary, left_out)
+
+
+def _fingerprint(args: argparse.Namespace, images: list) -> str:
+    """Changes whenever options, images or parcels do."""
+    options = {name: value for name, value in vars(args).items() if name not in ("memory", "scheduler")}
+    files = {
+        source.path for image in images for source in (*image.bands, *([image.mask] if image.mask else []))
+    }
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+    for path in sorted({*files, args.parcels}):
+        stat = Path(path).stat()
+        digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _print_report(output: Path, summary: str, left_out: list[tuple[str, str]]) -> None:
+    """What was written, and how many parcels were left out for which reason."""
+    print(f"{output}: {summary}")
+    reasons = [reason for _, reason in left_out]
+    for reason in dict.fromkeys(reasons):
+        print(f"left out {reasons.count(reason)}: {reason}")
+    if left_out:
+        print(f"all that were left out: {output / 'META' / LEFT_OUT}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

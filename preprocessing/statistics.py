@@ -1,0 +1,194 @@
+"""Mean and standard deviation, sizes and geometrical features of a dataset folder, in one pass over its pixels.
+
+    python -m preprocessing.statistics DIR
+
+writes normalisation_values.pkl, META/sizes.json and, where META/parcels.gpkg holds the outlines, META/geomfeat.json;
+what is there already stays, unless --overwrite is given.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+
+from learning.errors import UserError, as_user_error, run_cli
+from learning.files import write_json
+from learning.options import Parser
+from learning.progress import progress_bar
+from preprocessing.metadata import read_info
+from preprocessing.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
+from preprocessing.parcels import read_outlines
+from preprocessing.store import check_folder
+
+Shapes = dict[Path, tuple[int, int, int]]
+
+
+def read_shapes(folder: Path) -> Shapes:
+    """Shape (T, C, S) of every file of DATA, in the order of ids.
+
+    Raises:
+        UserError: if there are none, one cannot be read, or channels differ.
+    """
+    shapes = {
+        path: _open(path).shape for path in progress_bar(_list_files(folder), "reading headers", "files")
+    }
+    first = next(iter(shapes))
+    for path, shape in shapes.items():
+        if shape[1] != shapes[first][1]:
+            raise UserError(
+                f"{path} has {shape[1]} channels, but {first} has {shapes[first][1]}; all parcels must agree."
+            )
+    if not any(shape[2] for shape in shapes.values()):
+        raise UserError(f"no file in {folder / 'DATA'} contains a pixel.")
+    return shapes
+
+
+def scan(shapes: Shapes, per: str | None, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of all pixels, each read once.
+
+    Args:
+        shapes: from `read_shapes`.
+        per: see `Moments`; None for "date" where all parcels have as many dates, else "channel".
+        nodata: value that, in all channels, marks a missing pixel, besides NaN.
+
+    Raises:
+        UserError: if the number of dates differs in statistics per date, or a pixel is NaN in some channels only.
+    """
+    dates = {shape[0] for shape in shapes.values()}
+    if per == "date" and len(dates) > 1:
+        raise UserError(
+            f"parcels have from {min(dates)} to {max(dates)} dates; statistics per date need the same number for all, "
+            "use --per channel."
+        )
+    moments = Moments(per or ("date" if len(dates) == 1 else "channel"))
+    for path in progress_bar(shapes, "mean and standard deviation", "parcels"):
+        values = _open(path)
+        missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
+        if (missing.any(1) & ~missing.all(1)).any():
+            raise UserError(
+                f"{path} has a pixel that is NaN in some channels only; expected NaN in all or none."
+            )
+        if nodata is not None:
+            missing |= values == nodata
+        moments.add(values, ~missing.all(1))
+    return moments.result()
+
+
+def _list_files(folder: Path) -> list[Path]:
+    """The files of all parcels, in the order of their ids."""
+    check_folder(folder)
+    files = [path for path in (folder / "DATA").glob("*.npy") if path.stem.isdigit()]
+    if not files:
+        raise UserError(
+            f"{folder / 'DATA'} contains no .npy file named by a whole number; expected one <id>.npy per parcel."
+        )
+    return sorted(files, key=lambda path: int(path.stem))
+
+
+def _open(path: Path) -> np.ndarray:
+    """A parcel's pixels (T, C, S), memory-mapped if there are any."""
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        try:
+            values = np.load(path, allow_pickle=False)  # one without pixels cannot be mapped
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{path} cannot be read ({error}); write it again with numpy.save.") from error
+    if values.ndim != 3 or values.dtype.kind not in "uif":
+        raise UserError(
+            f"{path} holds {values.dtype} of shape {values.shape}; expected numbers (dates, channels, pixels)."
+        )
+    return values
+
+
+def geometrical_features(path: Path, sizes: dict[str, int]) -> dict[str, list[float]]:
+    """Perimeter (m), area (m2), pixels over pixels of the bounding box, perimeter / area (1/m) of every parcel.
+
+    The box is that of the outline, in pixels of the size that the parcels have on the median, since a dataset folder
+    does not say where its pixels are.
+
+    Args:
+        path: file of the outlines, with a column id.
+        sizes: pixels of every parcel by id.
+
+    Raises:
+        UserError: if an outline is missing, or the geographic libraries are.
+    """
+    table = read_outlines(path)
+    from preprocessing.outlines import features, to_metres
+
+    missing = set(sizes) - set(table["id"].astype(str))
+    if missing:
+        raise UserError(
+            f"{path} has no outline for parcel {min(missing)} ({len(missing)} missing in all); add it."
+        )
+    table = table[table["id"].astype(str).isin(sizes)]
+    ids = table["id"].astype(str).tolist()
+    outlines, count = to_metres(table.geometry), np.array([sizes[name] for name in ids])
+    pixel = float(np.median(outlines.area[count > 0] / count[count > 0]))
+    box = outlines.bounds.to_numpy()
+    box = (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1]) / pixel
+    return dict(zip(ids, features(outlines, count / np.maximum(box, count)).tolist()))
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = Parser(
+        description="Mean and standard deviation, sizes and geometrical features of a dataset folder."
+    )
+    parser.add_argument("folder", metavar="DIR", help="dataset folder, with DATA/<id>.npy")
+    parser.add_argument(
+        "--per",
+        choices=AXES,
+        help="date (and channel), channel, or all; by date where all parcels share the dates",
+    )
+    parser.add_argument(
+        "--nodata", type=float, help="value of missing pixels; without it, that of META/info.json"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="also write what is there already")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Command line: python -m preprocessing.statistics DIR."""
+    args = parse_args()
+    folder = Path(args.folder)
+    check_folder(folder)
+    meta = folder / "META"
+    published = folder / PUBLISHED_NORM
+    files = [
+        published if published.exists() else folder / NORM,
+        meta / "sizes.json",
+        *([meta / "geomfeat.json"] if (meta / "parcels.gpkg").exists() else []),
+    ]
+    wanted = [path for path in files if args.overwrite or not path.exists()]
+    if not wanted:
+        print(
+            f"{folder} has {', '.join(path.name for path in files)} already; --overwrite writes them again."
+        )
+        return
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written; copy the dataset to where it can be.")
+    nodata = args.nodata
+    if nodata is None:
+        nodata = read_info(folder).get("nodata")
+    shapes = read_shapes(folder)
+    sizes = {path.stem: shape[2] for path, shape in shapes.items()}
+    contents = {}
+    if meta / "sizes.json" in wanted:
+        contents[meta / "sizes.json"] = sizes
+    if meta / "geomfeat.json" in wanted:
+        contents[meta / "geomfeat.json"] = geometrical_features(meta / "parcels.gpkg", sizes)
+    norm = scan(shapes, args.per, nodata) if files[0] in wanted else None
+    with as_user_error(OSError, prefix="a file cannot be written: "):
+        meta.mkdir(exist_ok=True)
+        for path, content in contents.items():
+            write_json(path, content)
+        if norm is not None:
+            write_norm(files[0], norm)
+    print(f"{len(sizes)} parcels; wrote {', '.join(str(path) for path in wanted)}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,214 @@
+"""Spatial blocks, and folds that are read from a file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from learning.errors import UserError
+from learning.safe_pickle import load_arrays
+from preprocessing.folds import read_folds, read_parts
+from tests.commands import run_command, run_train
+from tests.folders import write_folder, write_meta
+
+PARTS = [[7, 2], [30], [4, 11], [5]]
+IDS = ["2", "4", "5", "7", "11", "30"]
+
+
+def write_parts(path: Path, parts: object) -> Path:
+    path.write_text(json.dumps({"folds": parts}))
+    return path
+
+
+def test_every_part_is_tested_once_and_validates_the_one_before(tmp_path: Path) -> None:
+    path = write_parts(tmp_path / "f.json", PARTS)
+    assert read_folds(path, IDS) == [
+        ([1, 2, 4], [5], [0, 3]),
+        ([0, 2, 3], [1, 4], [5]),
+        ([0, 3, 5], [2], [1, 4]),
+        ([1, 4, 5], [0, 3], [2]),
+    ]
+
+
+def test_parcels_of_other_classes_may_be_named(tmp_path: Path) -> None:
+    path = write_parts(tmp_path / "f.json", PARTS)
+    kept = [parcel for parcel in IDS if parcel not in ("2", "11")]
+    splits = read_folds(path, kept, known=[2, 11])
+    assert [test for _, _, test in splits] == [[2], [3], [0], [1]]
+    with pytest.raises(
+        UserError, match=r"names parcel 2, which the dataset does not have \(2 unknown in all\)"
+    ):
+        read_folds(path, kept)
+    with pytest.raises(UserError, match="part 2 has no parcel of the classes"):
+        read_folds(path, IDS[:-1], known=IDS)
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ([[1], [2], [3, 1]], "parcel 1 is in part 1 and again in part 3"),
+        ([[1, 1], [2], [3]], "parcel 1 is in part 1 and again in part 1"),
+        ([[1], [2, 3]], r"has 2 part\(s\); at least 3"),
+        ([[1], ["2"], [3]], "part 2 contains '2'"),
+        ([[1], [True], [3]], "part 2 contains True"),
+        ({"1": [1]}, "is something else"),
+        ([1, 2, 3], "is something else"),
+        ([[1], [2], [4]], r"puts parcel 3 of the dataset in no part \(1 missing in all\)"),
+    ],
+)
+def test_wrong_folds_in_one_sentence(parts: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        read_folds(write_parts(tmp_path / "f.json", parts), ["1", "2", "3"])
+
+
+def test_training_uses_the_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=20)
+    parts = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13], [14, 15, 16, 17, 18, 19, 20]]
+    path = write_parts(tmp_path / "f.json", parts)
+    seen = []
+    original = train.train_fold
+    monkeypatch.setattr(train, "train_fold", lambda *args: seen.append(args[1]) or original(*args))
+    results = run_train(folder, tmp_path / "res", f"--epochs 1 --folds {path}", monkeypatch)
+    assert [[i + 1 for i in test] for _, _, test in seen] == parts
+    assert all(sorted([*a, *b, *c]) == list(range(20)) for a, b, c in seen)
+    sums = [load_arrays(results / f"Fold_{k}" / "conf_mat.pkl").sum() for k in (1, 2, 3, 4)]
+    assert sums == [6, 3, 4, 7] and not (results / "Fold_5").exists()
+    assert json.loads((results / "conf.json").read_text())["kfold"] == 4
+
+
+def test_wrong_folds_stop_before_the_data_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "open_dataset", lambda args: pytest.fail("read the data first"))
+    path = write_parts(tmp_path / "f.json", [[1], [1], [2]])
+    with pytest.raises(SystemExit) as end:
+        run_command(train.main, f"--res_dir {tmp_path / 'res'} --folds {path}", monkeypatch)
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err
+        == f"error: {path}: parcel 1 is in part 1 and again in part 2; leave it in one.\n"
+    )
+
+
+# --- from here on, geographic libraries are needed ---
+
+
+@pytest.fixture
+def split():
+    pytest.importorskip("geopandas")
+    import preprocessing.split
+
+    return preprocessing.split
+
+
+def test_blocks_are_squares_of_the_size_asked_for(split) -> None:
+    points = np.random.default_rng(0).uniform(-50, 50, (300, 2))
+    blocks = split.block_numbers(points, 15.0)
+    west, south = min(x for x, _ in points), min(y for _, y in points)
+    plain = [(int((x - west) // 15), int((y - south) // 15)) for x, y in points]
+    pairs = set(zip(plain, blocks.tolist()))
+    assert len(pairs) == len(set(plain)) == len(set(blocks.tolist())) == 49
+    assert set(blocks.tolist()) == set(range(49))
+
+
+def test_blocks_stay_whole_and_parts_are_alike(split) -> None:
+    random = np.random.default_rng(1)
+    blocks = random.integers(0, 150, 3000)
+    labels = np.where(random.random(3000) < 0.1 + 0.8 * (blocks % 10 == 0), "rare", "common")
+    labels[:2] = ["once", "twice"]
+    part = split.deal_blocks(blocks, labels, 5, seed=1)
+    assert len(set(zip(blocks.tolist(), part.tolist()))) == 150  # no block in two parts
+    for chosen in (np.full(3000, True), labels == "rare", labels == "common"):
+        counts = np.bincount(part[chosen], minlength=5)
+        assert counts.max() < 1.15 * counts.min()
+    assert (part == split.deal_blocks(blocks, labels, 5, seed=1)).all()
+    assert (part != split.deal_blocks(blocks, labels, 5, seed=2)).any()
+    with pytest.raises(UserError, match=r"lie in 4 block\(s\), too few for 5 parts"):
+        split.deal_blocks(blocks % 4, labels, 5, seed=1)
+
+
+@pytest.mark.parametrize("crs", [32631, 4326, 3857])
+def test_neighbours_share_a_part_in_any_reference_system(
+    crs: int, split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """16 pairs of parcels, and blocks of 10 km whose edges lie over 3 km from every pair."""
+    from tests.outlines import write_outlines
+
+    middles = [(x, y) for x in (0, 25_000, 45_000, 65_000) for y in (0, 25_000, 45_000, 65_000)]
+    corners = [(450_000 + x + 150 * i, 5_500_000 + y) for x, y in middles for i in (0, 1)]
+    folder = write_folder(tmp_path / "set", n_parcels=32, classes=(1, 2))
+    write_outlines(folder / "META" / "parcels.gpkg", range(1, 33), corners, crs)
+    run_command(split.main, f"{folder} --blocks 10 --kfold 4", monkeypatch)
+    content = json.loads((folder / "META" / "folds.json").read_text())
+    assert content["blocks_km"] == 10 and content["seed"] == 1
+    parts = read_parts(folder / "META" / "folds.json")
+    assert sorted(parcel for part in parts for parcel in part) == list(range(1, 33))
+    for part in parts:
+        assert len(part) == 8 and {(parcel - 1) // 2 for parcel in part} == {(p - 1) // 2 for p in part[::2]}
+    assert (folder / "META" / "folds.png").read_bytes().startswith(b"\x89PNG")
+    assert "Part 1: 8 parcels (25.0%) in 4 blocks, 2 classes" in capsys.readouterr().out
+
+
+def test_a_block_is_a_kilometre_on_the_ground_in_web_mercator(split, tmp_path: Path) -> None:
+    """At 60 degrees north, Web Mercator's metres are half a metre: a block must not shrink with them."""
+    import geopandas
+    import shapely
+
+    folder = write_folder(tmp_path / "set", n_parcels=3)
+    points = geopandas.GeoSeries(shapely.points([[10.0, 60.0], [10.012, 60.0], [10.1, 60.05]]), crs=4326)
+    squares = points.to_crs(3857).buffer(20, cap_style="square")
+    geopandas.GeoDataFrame({"id": [1, 2, 3]}, geometry=squares).to_file(folder / "META" / "parcels.gpkg")
+    with pytest.raises(UserError, match=r"lie in 2 block\(s\)"):  # 0.67 km apart, 1.3 km in Web Mercator
+        split.split(folder, 1.0, 3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--blocks 0", "'0' is not a number of kilometres above 0"),
+        ("--blocks 1 --kfold 2", "--kfold is 2; at least 3"),
+        ("--blocks 1 --parcels nowhere.gpkg", "nowhere.gpkg does not exist"),
+        ("--blocks 1 --id_column nr", "has no column 'nr'"),
+        ("--blocks 1 --labels other", "has no nomenclature 'other'; it has label_44class"),
+        ("--blocks 1", r"has no outline of parcel 12 (1 missing in all)"),
+    ],
+)
+def test_wrong_input_in_one_sentence(
+    options: str,
+    message: str,
+    split,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from tests.outlines import write_outlines
+
+    folder = write_folder(tmp_path / "set", n_parcels=12)
+    write_outlines(folder / "META" / "parcels.gpkg", range(1, 12))
+    with pytest.raises(SystemExit) as end:
+        run_command(split.main, f"{folder} {options}", monkeypatch)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (folder / "META" / "folds.json").exists()
+
+
+def test_works_without_labels(split, tmp_path: Path) -> None:
+    from tests.outlines import write_outlines
+
+    folder = write_folder(tmp_path / "set", n_parcels=12)
+    (folder / "META" / "labels.json").unlink()
+    write_outlines(folder / "META" / "parcels.gpkg", range(1, 13))
+    split.split(folder, 0.1, 3)
+    assert [len(part) for part in read_parts(folder / "META" / "folds.json")] == [4, 4, 4]
+
+
+def test_parcels_without_a_label_are_dealt_too(split, tmp_path: Path) -> None:
+    from tests.outlines import write_outlines
+
+    folder = write_folder(tmp_path / "set", n_parcels=12)
+    write_meta(folder, "labels", {"crops": {"1": "maize", "2": "maize"}})
+    write_outlines(folder / "META" / "parcels.gpkg", range(1, 13))
+    split.split(folder, 0.1, 3)
+    assert sum(map(len, read_parts(folder / "META" / "folds.json"))) == 12
