@@ -1,0 +1,275 @@
+"""Predictions as vector files and maps."""
+
+import csv
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib.colors
+import matplotlib.image
+import numpy as np
+import pytest
+
+import inference
+from learning.cartography import PALETTE, outline_paths, scale_length
+from learning.errors import UserError
+from learning.maps import DARK, GREY, class_colours, match_outlines, plot_map, write_map
+from preprocessing.parcels import read_outlines, to_ground
+from tests.commands import run_command, run_inference, run_train
+from tests.folders import write_folder, write_meta
+
+geopandas = pytest.importorskip("geopandas")
+import shapely
+
+from tests.outlines import write_outlines
+
+CLASSES = ["1", "3", "9"]
+
+
+def write_table(path: Path, labels: list[str], seed: int = 0) -> np.ndarray:
+    """A table of predictions for parcels 1, 2, ...; returns the probabilities, nan for those without a label."""
+    probabilities = (
+        np.random.default_rng(seed).dirichlet(np.ones(len(CLASSES)), len(labels)).astype(np.float32)
+    )
+    probabilities[[not label for label in labels]] = np.nan
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
+        table.writerow(header + [f"probability_{label}" for label in CLASSES])
+        for i, (label, each) in enumerate(zip(labels, probabilities.tolist()), start=1):
+            numbers = [max(each), 0.5, *each] if label else [""] * (2 + len(each))
+            table.writerow([i, "", label, *numbers])
+    return probabilities
+
+
+def simulate_deficiency(colours: np.ndarray, kind: str) -> np.ndarray:
+    """Linear RGB as seen with a missing cone: Vienot, Brettel and Mollon, 1999."""
+    to_cones = np.array(
+        [[17.8824, 43.5161, 4.11935], [3.45565, 27.1554, 3.86714], [0.0299566, 0.184309, 1.46709]]
+    )
+    missing = {
+        "protan": [[0, 2.02344, -2.52581], [0, 1, 0], [0, 0, 1]],
+        "deutan": [[1, 0, 0], [0.494207, 0, 1.24827], [0, 0, 1]],
+    }
+    matrix = np.linalg.inv(to_cones) @ np.array(missing.get(kind, np.eye(3))) @ to_cones
+    return np.clip(colours @ matrix.T, 0, 1)
+
+
+def to_lab(linear: np.ndarray) -> np.ndarray:
+    """CIELAB of linear sRGB, white D65."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = linear @ np.array(to_xyz).T / [0.9505, 1, 1.089]
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+
+
+@pytest.mark.parametrize("kind, least", [("normal", 17), ("protan", 9), ("deutan", 9)])
+def test_colours_can_be_told_apart(kind: str, least: float) -> None:
+    colours = np.array([matplotlib.colors.to_rgb(colour) for colour in [*PALETTE, GREY, DARK, "white"]])
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    lab = to_lab(simulate_deficiency(linear, kind))
+    distances = np.linalg.norm(lab[:, None] - lab, axis=2)
+    assert distances[np.triu_indices(len(lab), 1)].min() > least
+
+
+def test_a_class_has_the_same_colour_on_every_map() -> None:
+    classes = [str(code) for code in range(20)]
+    assert class_colours(["4", "2", "2", ""], classes) == {"2": PALETTE[2], "4": PALETTE[4]}
+    assert class_colours(classes, classes) == dict(zip(classes, PALETTE))
+    many = [str(code) for code in range(44)]
+    assert class_colours(["40", "3"], many) == {"3": PALETTE[3], "40": PALETTE[0]}
+    assert len(set(class_colours(["0", "20", "40"], many).values())) == 3
+
+
+def test_rare_classes_are_pooled() -> None:
+    many = [str(code) for code in range(44)]
+    labels = [label for label in many for _ in range(50 - int(label))]
+    colours = class_colours(labels, many)
+    assert list(colours) == many  # the most frequent first
+    assert len({colours[label] for label in many[:19]}) == 19
+    assert {colours[label] for label in many[19:]} == {DARK}
+
+
+def test_outlines_keep_holes_and_pieces() -> None:
+    ring = shapely.Point(0, 0).buffer(10).difference(shapely.Point(0, 0).buffer(5))
+    pieces = shapely.union_all([shapely.box(20, 0, 25, 5), shapely.box(30, 0, 35, 5)])
+    twisted = shapely.Polygon(
+        ring.exterior.coords, [ring.interiors[0].coords[::-1]]
+    )  # both rings the same way
+    paths = outline_paths(geopandas.GeoSeries([ring, pieces, twisted]))
+    for path, shape in zip(paths, [ring, pieces, twisted]):
+        signed = [shoelace(points) for points in path.to_polygons()]
+        assert len(signed) == 2 and abs(sum(signed)) == pytest.approx(
+            shape.area
+        )  # a ring that runs the other way is a hole
+
+
+def shoelace(points: np.ndarray) -> float:
+    """Area of a closed ring (N, 2), negative if it runs clockwise."""
+    return sum(a[0] * b[1] - b[0] * a[1] for a, b in pairwise(points)) / 2
+
+
+@pytest.mark.parametrize(
+    "most, length", [(1000, 1000), (999, 500), (250, 200), (12_345, 10_000), (3, 2), (0.1, 1)]
+)
+def test_scale_bar_has_a_round_length(most: float, length: float) -> None:
+    assert scale_length(most) == length
+
+
+def test_writes_vector_files_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    labels = ["3", "1", "", "9", "3"]
+    probabilities = write_table(tmp_path / "predictions.csv", labels)
+    outlines = read_outlines(write_outlines(tmp_path / "in.gpkg", [4, 3, 2, 1, 77]))
+    matched = match_outlines(outlines, ["1", "2", "3", "4", "5"])
+    said = capsys.readouterr().out
+    assert "1 of 5 parcels have none" in said and "Outlines: 1 are of no parcel" in said
+    written = write_map(matched, tmp_path / "predictions.csv", tmp_path, None, {"3": "Maize"})
+    assert written == [tmp_path / "predictions.gpkg", tmp_path / "predictions.parquet"]
+    for frame in (geopandas.read_file(written[0]), geopandas.read_parquet(written[1])):
+        assert frame.crs == outlines.crs and frame["id"].tolist() == [4, 3, 2, 1]
+        assert frame["predicted_label"].tolist() == ["9", "", "1", "3"]
+        assert frame["predicted_name"].tolist() == ["9", "", "1", "Maize"]
+        columns = [f"probability_{label}" for label in CLASSES]
+        np.testing.assert_allclose(frame[columns], probabilities[[3, 2, 1, 0]], rtol=1e-5)
+        np.testing.assert_allclose(frame["confidence"], probabilities[[3, 2, 1, 0]].max(1), rtol=1e-5)
+        expected = read_outlines(tmp_path / "in.gpkg").set_index("id").loc[[4, 3, 2, 1]].geometry
+        assert frame.geometry.area.tolist() == pytest.approx(expected.area.tolist())
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_labels_may_differ_in_case_alone(tmp_path: Path) -> None:
+    with open(tmp_path / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        columns = [
+            "id",
+            "true_label",
+            "predicted_label",
+            "confidence",
+            "agreement",
+            "probability_a",
+            "probability_A",
+        ]
+        csv.writer(file).writerows([columns, [1, "", "A", 0.7, 1, 0.3, 0.7], [2, "", "", "", "", "", ""]])
+    outlines = read_outlines(write_outlines(tmp_path / "in.gpkg", [1, 2]))
+    first, second = write_map(outlines, tmp_path / "predictions.csv", tmp_path)
+    frame = geopandas.read_file(first)
+    assert frame["probability_A_"][0] == 0.7 and frame["predicted_label"].tolist() == ["A", ""]
+    assert geopandas.read_parquet(second)["probability_A"][0] == 0.7
+
+
+def test_draws_every_parcel_in_its_colour(tmp_path: Path) -> None:
+    labels = ["3", "1", "", "9"] * 5
+    write_table(tmp_path / "predictions.csv", labels)
+    outlines = read_outlines(write_outlines(tmp_path / "in.gpkg", range(1, 21), crs=4326))
+    (*_, picture) = write_map(
+        outlines, tmp_path / "predictions.csv", tmp_path, tmp_path / "m.png", {"3": "$5 <maize>"}
+    )
+    image = matplotlib.image.imread(picture)[..., :3]
+    assert image.shape[1] == 2200
+    panel = image[: image.shape[0] * 2 // 5]
+    for colour in (PALETTE[0], PALETTE[1], PALETTE[2], GREY):
+        near = np.abs(panel - matplotlib.colors.to_rgb(colour)).max(2) < 0.01
+        squares = 5 * 100 * 100 / (1188 * 220) / (1.06 * 1.2)  # their share of the panel, roughly
+        assert 0.3 * squares < near.mean() < squares
+
+
+def test_confidence_panel_and_legend(tmp_path: Path) -> None:
+    frame = to_ground(
+        read_outlines(
+            write_outlines(tmp_path / "in.gpkg", range(1, 5), [(0, 0), (0, 900), (900, 0), (900, 900)])
+        )
+    )
+    frame["predicted_label"], frame["confidence"] = ["3", "1", "", "3"], [0.2, 0.4, np.nan, 0.9]
+    frame["predicted_name"] = ["Maize", "Wheat", "", "Maize"]
+    figure = plot_map(frame, CLASSES)
+    confidence = figure.axes[1].collections[1]
+    assert confidence.get_array().tolist() == [0.2, 0.4, 0.9] and confidence.get_clim() == (0, 1)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Maize (2)",
+        "Wheat (1)",
+        "no observation (1)",
+    ]
+    west, east = figure.axes[0].get_xlim()
+    assert 1000 < east - west < 1100  # metres
+
+
+def test_inference_draws_the_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=18)
+    write_meta(folder, "classes", {"label_44class": {"1": "Wheat", "3": "Maize", "9": "Beet"}})
+    write_outlines(folder / "META" / "parcels.gpkg", range(1, 18))
+    weights = run_train(folder, tmp_path / "res", "--epochs 1", monkeypatch)
+    capsys.readouterr()
+    output = run_inference(folder, weights, tmp_path / "out", f"--map {tmp_path / 'map.png'}", monkeypatch)
+    said = capsys.readouterr().out
+    assert "1 of 18 parcels have none" in said and f"{output / 'predictions.gpkg'}" in said
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    frame = geopandas.read_file(output / "predictions.gpkg").set_index("id")
+    with open(output / "predictions.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(frame) == 17
+    for row in rows[:17]:
+        found = frame.loc[int(row["id"])]
+        assert found["predicted_label"] == row["predicted_label"]
+        assert found["predicted_name"] == {"1": "Wheat", "3": "Maize", "9": "Beet"}[row["predicted_label"]]
+        assert found["confidence"] == pytest.approx(float(row["confidence"]))
+    assert json.loads((weights / "conf.json").read_text())["class_names"]["9"] == "Beet"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = write_folder(tmp_path_factory.mktemp("data") / "set")
+    write_outlines(folder / "META" / "parcels.gpkg", range(1, 13))
+    write_outlines(folder / "unplaced.gpkg", range(1, 13), crs=None)
+    write_outlines(folder / "text.gpkg", [f"A{i}" for i in range(12)])
+    write_outlines(folder / "others.gpkg", range(50, 62))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return folder, run_train(folder, folder.parent / "res", "--epochs 1", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--map map.txt", "map.txt does not end as a picture does"),
+        ("--map nowhere/map.png", "nowhere is not a folder"),
+        ("--parcels {0}/missing.gpkg", "missing.gpkg does not exist"),
+        ("--parcels {0}/META/labels.json", "labels.json cannot be read"),
+        ("--parcels {0}/META/parcels.gpkg --id_column nr", "has no column 'nr'"),
+        ("--parcels {0}/unplaced.gpkg", "has no coordinate system"),
+        ("--parcels {0}/text.gpkg", "column 'id' holds ids such as 'A0'; expected the dataset's"),
+        ("--parcels {0}/others.gpkg", "no outline is of one of the 12 parcels: its ids are such as 50"),
+    ],
+)
+def test_wrong_input_stops_before_predicting(
+    options: str,
+    message: str,
+    trained: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(inference, "predict", lambda *args: pytest.fail("predicted first"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_inference(*trained, tmp_path / "out", options.format(trained[0]), monkeypatch)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_embedded_dataset_has_no_outlines(
+    tmp_path: Path, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command(
+            inference.main,
+            f"--weight_dir {trained[1]} --output_dir {tmp_path} --map {tmp_path / 'm.png'}",
+            monkeypatch,
+        )
+    assert "--map needs outlines" in capsys.readouterr().err
+
+
+def test_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "geopandas", None)
+    with pytest.raises(UserError, match=r"need geopandas, .* pip install -r requirements-geo\.txt"):
+        read_outlines(tmp_path / "parcels.gpkg")

@@ -1,0 +1,223 @@
+"""The report of a training run, and the calibration that it shows."""
+
+import json
+import pickle
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
+from learning import report
+from learning.calibration import N_BINS, Calibration
+from learning.charts import HEIGHT, LEFT, WIDTH, Axes, calibration_error, plot_calibration, plot_curves
+from learning.errors import UserError
+from learning.metrics import confusion_matrix_analysis
+from learning.options import hyperparameters
+from learning.report import write_report
+from learning.results import load_normalisation
+from learning.safe_pickle import load_arrays
+from models.stclassifier import PseLTae_pretrained
+from tests.commands import run_command, run_train
+from tests.folders import write_folder, write_meta
+
+EVIL = '<script>alert("1")</script> & "wheat"'
+
+
+class Page(HTMLParser):
+    """What a page shows: its text, tags and attributes; checks that every tag is closed."""
+
+    VOID = ("meta", "link", "img", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += data.strip()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_folder(tmp_path_factory.mktemp("data") / "set", n_parcels=30)
+    write_meta(folder, "classes", {"label_44class": {"1": EVIL, "3": "Maize"}})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run_train(folder, tmp_path_factory.mktemp("run") / "res", "--epochs 3", monkeypatch)
+
+
+def test_training_writes_a_page_that_stands_alone(results: Path) -> None:
+    text = (results / "report.html").read_text()
+    page = Page(text)
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 1 and names.count("style") == 1 and "link" not in names
+    for tag, attributes in page.tags:
+        assert not {"src", "href", "onclick", "onload"} & set(attributes), (tag, attributes)
+    assert "http" not in text and "url(" not in text and "@import" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count("<svg") == 4  # three curves and the calibration
+
+
+def test_labels_are_escaped(results: Path) -> None:
+    text = (results / "report.html").read_text()
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
+    assert any(EVIL in row for row in Page(text).rows)
+
+
+def test_shows_the_scores_of_the_run(results: Path) -> None:
+    page = Page((results / "report.html").read_text())
+    total = sum(load_arrays(results / f"Fold_{k}" / "conf_mat.pkl") for k in (1, 2, 3))
+    per_class, overall = confusion_matrix_analysis(total)
+    assert f"{100 * overall['Accuracy']:.1f} %" in page.text and f"{overall['MACRO_IoU']:.3f}" in page.text
+    assert "python train.py --dataset_folder" in page.text and "--epochs 3" in page.text
+    for k, (label, name) in enumerate([("1", EVIL), ("3", "Maize"), ("9", "")]):
+        (row,) = (row for row in page.rows if row[:2] == [label, name])
+        scores = ["\u2013" if np.isnan(value) else f"{value:.3f}" for value in per_class[str(k)].values()]
+        assert row[2:7] == [str(total[k].sum()), *scores]
+        (counts,) = (row for row in page.rows if row[0] == f"{label} {name}".strip() and len(row) == 4)
+        assert counts[1:] == [str(count) for count in total[k]]
+    config = json.loads((results / "conf.json").read_text())
+    shown = {row[0]: row[1] for row in page.rows if len(row) == 2}
+    assert shown["lr"] == "0.001" and shown["sub_classes"] == "[1, 3, 9]"
+    assert set(shown) >= set(config) - {"command", "class_names"}
+
+
+def test_can_be_made_again(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    first = (results / "report.html").read_bytes()
+    (results / "report.html").unlink()
+    run_command(report.main, f"'{results}'", monkeypatch)
+    assert capsys.readouterr().out == f"Report: {results / 'report.html'}\n"
+    assert (results / "report.html").read_bytes() == first
+
+
+def test_a_run_that_is_not_finished_has_a_report(results: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(results, copy)
+    for name in ("conf_mat.pkl", "test_metrics.json", "calibration.json"):
+        (copy / "Fold_2" / name).unlink()
+    (copy / "Fold_3" / "trainlog.json").write_text("{}")
+    text = write_report(copy).read_text()
+    assert "2 of 3 folds tested" in Page(text).text and "Test parcels20" in "".join(
+        Page(text).text.split("\n")
+    )
+    for fold in (1, 3):
+        shutil.rmtree(copy / f"Fold_{fold}")
+    text = write_report(copy).read_text()
+    assert "0 of 3 folds tested" in Page(text).text and text.count("<svg") == 3
+    shutil.rmtree(copy / "Fold_2")
+    assert "<svg" not in write_report(copy).read_text()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("conf.json", b"[]", "conf.json is something else"),
+        ("conf.json", b"{}", "has no list 'sub_classes'"),
+        ("Fold_1/trainlog.json", b"3", "trainlog.json is something else"),
+        ("Fold_1/trainlog.json", b'{"1": 2}', "trainlog.json of a fold is damaged"),
+        ("Fold_1/calibration.json", b'{"count": 1}', "calibration.json of a fold is damaged"),
+        ("Fold_1/calibration.json", b"{", "is not valid JSON"),
+        ("Fold_1/conf_mat.pkl", b"junk", "cannot be read"),
+        ("Fold_1/conf_mat.pkl", pickle.dumps(np.eye(2)), "is not a confusion matrix of 3 classes"),
+    ],
+)
+def test_damaged_files_in_one_sentence(
+    name: str, content: bytes, message: str, results: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(results, copy)
+    (copy / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        write_report(copy)
+
+
+def test_calibration_counts_as_a_plain_loop_does() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(500, 4) * 3, torch.randint(4, (500,))
+    logits[0] = torch.tensor([200.0, 0, 0, 0])  # a confidence of exactly 1
+    calibration = Calibration()
+    for part in (slice(0, 100), slice(100, 500)):
+        calibration.add(logits[part], target[part])
+    expected = np.zeros((3, N_BINS))
+    for scores, true in zip(logits.double().numpy(), target.tolist()):
+        probabilities = np.exp(scores - scores.max())
+        probabilities /= probabilities.sum()
+        place = min(int(probabilities.max() * N_BINS), N_BINS - 1)
+        expected[:, place] += 1, probabilities.max(), probabilities.argmax() == true
+    found = calibration.summary()
+    np.testing.assert_allclose([found["count"], found["confidence"], found["right"]], expected, rtol=1e-12)
+    np.testing.assert_allclose(found["edges"], np.linspace(0, 1, N_BINS + 1))
+    gaps = [n / 500 * abs(k / n - sure / n) for n, sure, k in expected.T if n]
+    assert calibration_error(*expected) == pytest.approx(sum(gaps))
+
+
+def test_calibration_of_a_fold_is_that_of_its_test_parcels(results: Path, folder: Path) -> None:
+    config = json.loads((results / "conf.json").read_text())
+    norm, stats = load_normalisation(results)
+    data = PixelSetData(
+        folder, "label_44class", 6, [1, 3, 9], norm, "geomfeat", extra_stats=stats
+    ).evaluation(1)
+    kwargs = hyperparameters(config, data.n_extra, data.date_positions)
+    for k, (_, _, test) in enumerate(fold_splits(30, 3, 1), start=1):
+        model = PseLTae_pretrained(results, kwargs, device="cpu", fold=k)
+        expected = Calibration()
+        with torch.no_grad():
+            for x, y in batch_loader(data, BatchSampler(test, 4), 0):
+                expected.add(model(x), y)
+        stored = json.loads((results / f"Fold_{k}" / "calibration.json").read_text())
+        assert stored["count"] == expected.summary()["count"] and sum(stored["count"]) == len(test)
+        np.testing.assert_allclose(stored["confidence"], expected.summary()["confidence"], rtol=1e-5)
+        matrix = load_arrays(results / f"Fold_{k}" / "conf_mat.pkl")
+        assert sum(stored["right"]) == np.trace(matrix)
+
+
+def test_charts_put_numbers_in_their_places() -> None:
+    axes = Axes((0, 10), (0, 1), "x", "y")
+    assert axes.x(0) == LEFT and axes.x(10) < WIDTH and axes.x(5) == (axes.x(0) + axes.x(10)) / 2
+    assert axes.y(1) < axes.y(0.5) < axes.y(0) < HEIGHT
+    axes.add_line([0, 5, 10], [0, np.nan, 1], "val")
+    assert axes.shapes[0]["points"] == f"{axes.x(0)},{axes.y(0)} {axes.x(10)},{axes.y(1)}"
+
+    logs = [{"1": {"train_loss": 3.0, "val_loss": None}, "2": {"train_loss": 1.0, "val_loss": 4.0}}]
+    curves = plot_curves([*logs, {"1": {"train_loss": 5.0, "val_loss": 2.0}}], "loss", "loss")
+    mean = next(shape for shape in curves.shapes if shape["style"] == "train")
+    assert mean["points"] == f"{curves.x(1)},{curves.y(4)} {curves.x(2)},{curves.y(1)}"
+
+    edges, count = np.linspace(0, 1, 4), np.array([0.0, 4.0, 12.0])
+    chart = plot_calibration(edges, count, np.array([0.0, 2.0, 9.0]), np.array([0.0, 1.0, 12.0]))
+    points = [(shape["x"], shape["y"]) for shape in chart.shapes if shape["kind"] == "point"]
+    assert points == [(chart.x(0.5), chart.y(0.25)), (chart.x(0.75), chart.y(1))]
+    bars = [shape for shape in chart.shapes if shape["kind"] == "bar"]
+    assert [round(bar["height"], 1) for bar in bars] == [
+        round(chart.y(0) - chart.y(h), 1) for h in (0, 0.25, 0.75)
+    ]
