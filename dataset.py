@@ -11,20 +11,32 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from learning.draws import add_noise, choose_pixels, noise_places, noise_values, parcel_keys, stream_key
+from learning.draws import (
+    add_noise,
+    choose_pixels,
+    noise_places,
+    noise_values,
+    parcel_keys,
+    stream_key,
+    uniform_values,
+)
 from learning.errors import UserError
+from models.series import Series
+from models.threads import share
 from preprocessing.metadata import (
     Arrays,
     check_norm,
-    read_date_positions,
+    read_days,
     read_extra_features,
+    read_info,
     read_nomenclature,
     read_norm,
+    season_start_before,
 )
-from preprocessing.store import check_folder, open_store
+from preprocessing.store import check_folder, find_missing, list_parcels, open_store
 
 STATISTICS_FILES = ("S2-2017-T31TFM-meanstd.pkl", "normalisation_values.pkl")
-PARCELS_PER_CHUNK = 8  # a batch is prepared in pieces that stay in the cache
+PARCELS_PER_PART = 8  # a batch is prepared in parts that stay in the cache
 UNKNOWN = -1  # target of a parcel without a label among the classes
 
 
@@ -34,6 +46,9 @@ class PixelSetData(Dataset):
     On first use the folder is checked and packed (`preprocessing/store.py`). Every access draws npixel pixels of a
     parcel, and jitter, anew from torch's generator; `epoch_draws` and `evaluation` give draws that can be repeated.
 
+    Where parcels have dates of their own, or observations are missing, the dataset is `varying`: its batches are
+    `models.series.Series`, in which pixels and dates that are missing are masked, and dates are in order.
+
     Args:
         folder: dataset folder with DATA/<id>.npy (T, C, S), META/labels.json, META/dates.json and META/<extra>.json.
         labels: nomenclature of META/labels.json to use; None for a dataset without labels (targets are then -1).
@@ -41,20 +56,32 @@ class PixelSetData(Dataset):
             with copies of its first pixel, whose mask is 0.
         sub_classes: labels to keep, mapped to 0, 1, ... in this order; None keeps all, as they are.
         norm: mean and standard deviation that pixels are normalised with: two numbers, two arrays (C,), or two
-            (T, C); None for pixels as they are.
+            (T, C) where dates are shared; None for pixels as they are.
         extra_feature: name of a file META/<extra_feature>.json with a number or a list for each parcel, standardised
             with the mean and sample standard deviation over all parcels in the file; None for no extra features.
         jitter: (sigma, clip) of the noise clip(sigma N(0, 1), -clip, clip) added to normalised values; None for none.
         return_id: whether items end with the parcel's id.
         cache_dir: where the packed copy is kept; beside DATA if not given.
-        keep_all: with `sub_classes`, also keeps the parcels of other labels and without a label, as target -1.
+        keep_all: with `sub_classes`, also keeps the parcels of other labels and without a label, as target -1, and in
+            a varying dataset those without any observation.
         extra_stats: mean and standard deviation to standardise the extra features with, instead of the file's own.
+        nodata: value that, in all channels of a pixel, says that it is missing on a date, as NaN does; if not given,
+            that of META/info.json.
+        season_start: (month, day) that the days of a parcel are counted from, the last before its first date; if not
+            given, they are counted from the first date of the dataset.
+        varying: whether to treat the dataset as varying in any case.
+        temporal_dropout: probability with which `epoch_draws` leaves out a date (of a varying dataset).
+        temporal_shift: days, at most, by which `epoch_draws` moves a parcel's calendar (of a varying dataset).
 
     Attributes:
         pid: ids of the parcels, in increasing order, as text.
-        target: their targets, int64.
-        date_positions: days of the dates since the first one.
-        n_dates, n_channels, n_extra: T, C and the number of extra features F.
+        target: their targets, int64; labels that are text are numbered in alphabetical order without sub_classes.
+        classes: the labels that targets number, None where targets are labels.
+        date_positions: days of the dates in order, since the first one or a season's start; None if not shared.
+        n_dates: T, the most of any parcel.
+        n_channels, n_extra: C and the number of extra features F.
+        varying: see above.
+        n_unobserved: parcels left out since they have no observation at all.
 
     Raises:
         UserError: saying which file of the folder is not as expected.
@@ -67,7 +94,7 @@ class PixelSetData(Dataset):
         folder: str | Path,
         labels: str | None,
         npixel: int,
-        sub_classes: Sequence[int] | None = None,
+        sub_classes: Sequence[int | str] | None = None,
         norm: Arrays | Sequence[float] | None = None,
         extra_feature: str | None = None,
         jitter: tuple[float, float] | None = (0.01, 0.05),
@@ -76,19 +103,22 @@ class PixelSetData(Dataset):
         cache_dir: str | Path | None = None,
         keep_all: bool = False,
         extra_stats: Arrays | None = None,
+        nodata: float | None = None,
+        season_start: tuple[int, int] | None = None,
+        varying: bool = False,
+        temporal_dropout: float = 0.0,
+        temporal_shift: int = 0,
     ) -> None:
         self.folder, self.npixel, self.jitter, self.return_id = Path(folder), npixel, jitter, return_id
+        self.temporal_dropout, self.temporal_shift = temporal_dropout, temporal_shift
         check_folder(self.folder)  # and META: packing can take long, what can be wrong is looked at before
-        self.date_positions = read_date_positions(self.folder)
+        days = read_days(self.folder, list_parcels(self.folder))
+        shared = isinstance(days, np.ndarray)
         nomenclature = {} if labels is None else read_nomenclature(self.folder, labels)
-        self.store = open_store(folder, cache_dir, self.in_memory)
-        self.n_dates, self.n_channels = self.store.n_dates, self.store.n_channels
-        if len(self.date_positions) != self.n_dates:
-            raise UserError(
-                f"{self.folder / 'META' / 'dates.json'} lists {len(self.date_positions)} dates but the parcels have "
-                f"{self.n_dates}; they must agree."
-            )
-        self._draw: tuple[int | str, ...] | None = None
+        nodata = read_info(self.folder).get("nodata") if nodata is None else nodata
+        n_dates = len(days) if shared else {parcel: len(own) for parcel, own in days.items()}
+        self.store = open_store(folder, cache_dir, self.in_memory, nodata, n_dates)
+        self.n_dates, self.n_channels = int(self.store.dates.max()), self.store.n_channels
 
         codes = [nomenclature.get(str(parcel)) for parcel in self.store.ids]
         if labels is not None and not keep_all and None in codes:
@@ -96,20 +126,30 @@ class PixelSetData(Dataset):
                 f"parcel {self.store.ids[codes.index(None)]} has no label in {labels!r} of "
                 f"{self.folder / 'META' / 'labels.json'}; add it or remove the parcel's file."
             )
-        if sub_classes is not None:
-            index = {code: i for i, code in enumerate(sub_classes)}
+        self.classes = None if sub_classes is None else list(sub_classes)
+        if sub_classes is None and any(isinstance(code, str) for code in codes):
+            self.classes = sorted({code for code in codes if code is not None})
+        if self.classes is not None:
+            index = {code: i for i, code in enumerate(self.classes)}
             codes = [index.get(code) for code in codes]
         kept = [i for i, code in enumerate(codes) if keep_all or labels is None or code is not None]
         if not kept:
             raise UserError(
-                f"no parcel of {folder} has one of the labels {list(sub_classes)}; choose other --sub_classes."
+                f"no parcel of {folder} has one of the labels {self.classes}; choose other --sub_classes."
             )
+        self.varying = varying or not shared or not self.store.complete[kept].all()
+        self.n_unobserved = 0
+        if self.varying and not keep_all:
+            observed = [i for i in kept if self.store.observed[i]]
+            self.n_unobserved, kept = len(kept) - len(observed), observed
+        self._places = np.array(kept, np.int64)
         self._ids, self._sizes, self._first = (
             torch.from_numpy(values[kept])
             for values in (self.store.ids, self.store.sizes, self.store.first_rows)
         )
         self.target = np.array([UNKNOWN if codes[i] is None else codes[i] for i in kept], dtype=np.int64)
         self.pid = [str(parcel) for parcel in self.store.ids[kept]]
+        self._set_days(days, season_start)
 
         self._target = torch.from_numpy(self.target)
         self.extra, self.extra_stats = None, None
@@ -117,22 +157,60 @@ class PixelSetData(Dataset):
             extra, self.extra_stats = read_extra_features(self.folder, extra_feature, self.pid, extra_stats)
             self.extra = torch.from_numpy(extra).float()
         self.n_extra = 0 if self.extra is None else self.extra.shape[1]
+        self._draw: tuple[int | str, ...] | None = None
         self._scale, self._shift, self._noise, self._chosen = None, None, None, None
         self.set_norm(norm)
         self._make_noise(int(torch.randint(2**62, ())))
 
+    def _set_days(
+        self, days: np.ndarray | dict[int, np.ndarray], season_start: tuple[int, int] | None
+    ) -> None:
+        """Positions of the dates in order, and the rows of the files that they are in; shared, or by parcel."""
+
+        def since(own: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+            order = np.argsort(own, kind="stable")
+            start = first if season_start is None else season_start_before(int(own.min()), season_start)
+            return own[order] - start, order
+
+        if isinstance(days, np.ndarray):
+            self._calendar: Any = since(days, int(days.min()))
+            self.date_positions = self._calendar[0].tolist()
+        else:
+            first = min(int(own.min()) for own in days.values())
+            self._calendar = [since(days[int(parcel)], first) for parcel in self.pid]
+            self.date_positions = None
+
+    def calendar(self, item: int) -> tuple[np.ndarray, np.ndarray]:
+        """Days of a parcel's dates in order, (T,), and the row of its file that each of them is in, (T,)."""
+        return self._calendar if self.date_positions is not None else self._calendar[item]
+
+    @property
+    def day_range(self) -> tuple[int, int]:
+        """First and last day of any parcel."""
+        calendars = [self._calendar] if self.date_positions is not None else self._calendar
+        return min(int(days[0]) for days, _ in calendars), max(int(days[-1]) for days, _ in calendars)
+
+    @property
+    def norm_shape(self) -> tuple[int | None, int]:
+        """Largest shape that mean and standard deviation can have: (T, C), or (None, C) where dates are not shared."""
+        return None if self.date_positions is None else self.n_dates, self.n_channels
+
     def set_norm(self, norm: Arrays | Sequence[float] | None) -> None:
         """Normalises with another mean and standard deviation; see `norm`."""
-        shape = self.n_dates, self.n_channels
-        self.norm = None if norm is None else check_norm(norm, shape)
+        self.norm = None if norm is None else check_norm(norm, self.norm_shape)
         if self.norm is not None:
-            mean, std = (np.broadcast_to(values, shape).reshape(-1) for values in self.norm)
+            shape = self.norm_shape if self.date_positions is not None else (1, self.n_channels)
+            mean, std = (np.broadcast_to(values, shape) for values in self.norm)
             self._scale = torch.from_numpy(1 / std).float()
             self._shift = torch.from_numpy(-mean / std).float()
 
     def fits_on(self, device: torch.device) -> bool:
-        """Whether the pixels take at most half of the memory that is free on a CUDA device."""
-        return device.type == "cuda" and 2 * self.store.n_bytes < torch.cuda.mem_get_info(device)[0]
+        """Whether the pixels take at most half of the memory that is free on a CUDA device, and can be used there."""
+        return (
+            device.type == "cuda"
+            and not self.varying
+            and 2 * self.store.n_bytes < torch.cuda.mem_get_info(device)[0]
+        )
 
     def to(self, device: torch.device) -> "PixelSetData":
         """The same parcels with pixels and all else on a device, where batches are then drawn and prepared."""
@@ -166,9 +244,9 @@ class PixelSetData(Dataset):
         return choose_pixels(parcel_keys(stream_key("pixels", *draw), ids), sizes, self.npixel)
 
     def evaluation(self, seed: int) -> "PixelSetData":
-        """The same parcels without jitter, their pixels drawn by seed and parcel alone: the same at every call."""
+        """The same parcels as they are, their pixels drawn by seed and parcel alone: the same at every call."""
         view = copy.copy(self)
-        view.jitter = None
+        view.jitter, view.temporal_dropout, view.temporal_shift = None, 0.0, 0
         return view.epoch_draws("evaluation", seed)
 
     def __len__(self) -> int:
@@ -177,59 +255,144 @@ class PixelSetData(Dataset):
     def __getitem__(self, item: int) -> tuple[Any, ...]:
         """One parcel: (((pixels, mask), extra), target), without extra if there are none, with the id if asked for.
 
-        pixels (T, C, npixel) float32, mask (T, npixel) of 0 and 1, extra (T, F), target int64 scalar.
+        pixels (T, C, npixel) float32, mask (T, npixel) of 0 and 1, extra (T, F), target int64 scalar. In a varying
+        dataset a `Series` of these takes the place of the tuple, T being the dates that are present.
         """
         return self.__getitems__([item])[0]
 
     def __getitems__(self, items: Sequence[int]) -> list[tuple[Any, ...]]:
         """Several parcels as `__getitem__` gives them, loaded at once."""
-        inputs, target, *ids = self.batch(items)
-        (pixels, mask), extra = inputs if self.extra is not None else (inputs, None)
-        result = []
-        for i in range(len(items)):
-            data = (pixels[i], mask[i]) if extra is None else ((pixels[i], mask[i]), extra[i])
-            result.append((data, target[i], *(column[i] for column in ids)))
-        return result
+        data, target, *ids = self.batch(items)
+        return [(self._one(data, i), target[i], *(column[i] for column in ids)) for i in range(len(items))]
+
+    def _one(self, data: Any, i: int) -> Any:
+        """What one parcel has in a batch."""
+        if isinstance(data, Series):
+            n = int((data.mask[i] != 0).any(1).sum())
+            return Series(*(None if x is None else x[i, :n] for x in data))
+        (pixels, mask), extra = data if self.extra is not None else (data, None)
+        return (pixels[i], mask[i]) if extra is None else ((pixels[i], mask[i]), extra[i])
 
     def batch(self, items: Sequence[int] | Tensor) -> tuple[Any, ...]:
-        """Several parcels as one batch: ((pixels, mask), extra), targets (B,) and, if asked for, a list of ids.
+        """Several parcels as one batch: data, targets (B,) and, if asked for, a list of ids.
 
-        pixels (B, T, C, npixel) is a view of pixel-major memory, (B, npixel, T, C), the order in which the store
-        keeps and the models use them; mask (B, T, npixel) and extra (B, T, F) repeat one row per parcel.
+        Data are ((pixels, mask), extra), or (pixels, mask) without extra features; of a varying dataset a `Series`,
+        in which dates that are present come first. pixels (B, T, C, npixel) is a view of pixel-major memory,
+        (B, npixel, T, C), the order in which the store keeps and the models use them; mask (B, T, npixel) and extra
+        (B, T, F) repeat one row per parcel where they can.
         """
         items = torch.as_tensor(items, device=self.device)
-        B, S, L, C = len(items), self.npixel, self.n_dates, self.n_channels
-        ids, sizes, first = self._ids[items], self._sizes[items], self._first[items]
         draw = self._draw if self._draw is not None else (int(torch.randint(2**62, ())),)
-        chosen = self._choose(ids, sizes, draw) if self._chosen is None else self._chosen[items]
-        rows = first.unsqueeze(1) + chosen
-        if self.jitter is not None:
-            places = noise_places(
-                parcel_keys(stream_key("jitter", *draw), ids), S, len(self._noise) - L * C + 1
-            )
-        x = torch.empty(B * S, L * C, device=self.device)
-        step = S * (PARCELS_PER_CHUNK if self.device.type == "cpu" else B)
-        for chunk in (slice(start, start + step) for start in range(0, B * S, step)):
-            self.store.read(rows.view(-1)[chunk], out=x[chunk])
-            if self.norm is not None:
-                torch.addcmul(self._shift, x[chunk], self._scale, out=x[chunk])
-            if self.jitter is not None:
-                add_noise(x[chunk], places[chunk], self._noise)
-        pixels = x.view(B, S, L, C).permute(0, 2, 3, 1)
-        filled = torch.arange(S, device=self.device) < sizes.clamp(min=1).unsqueeze(1)
-        data: Any = (pixels, filled.float().unsqueeze(1).expand(-1, L, -1))
-        if self.extra is not None:
-            data = data, self.extra[items].unsqueeze(1).expand(-1, L, -1)
+        data = self._series(items, draw) if self.varying else self._sets(items, draw)
         target = self._target[items]
         return (data, target, [self.pid[i] for i in items.tolist()]) if self.return_id else (data, target)
 
+    def _pixels(self, items: Tensor, draw: tuple[int | str, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sizes (B,), the pixels chosen (B, S), and where each row of them reads its noise, (B, S)."""
+        ids, sizes = self._ids[items], self._sizes[items]
+        chosen = self._choose(ids, sizes, draw) if self._chosen is None else self._chosen[items]
+        if self.jitter is None:
+            return sizes, chosen, None
+        n_places = len(self._noise) - self.n_dates * self.n_channels + 1
+        places = noise_places(parcel_keys(stream_key("jitter", *draw), ids), self.npixel, n_places)
+        return sizes, chosen, places.view(len(items), -1)
+
+    def _sets(self, items: Tensor, draw: tuple[int | str, ...]) -> Any:
+        """The data of a batch with fixed dates."""
+        sizes, chosen, places = self._pixels(items, draw)
+        B, S, L, C = len(items), self.npixel, self.n_dates, self.n_channels
+        rows = self._first[items].unsqueeze(1) + chosen
+        x = torch.empty(B, S, L * C, device=self.device)
+        scale, shift = (None, None) if self.norm is None else (self._scale.view(-1), self._shift.view(-1))
+        step = PARCELS_PER_PART if self.device.type == "cpu" else B
+
+        def fill(part: int) -> None:
+            here = slice(part * step, (part + 1) * step)
+            values = x[here].flatten(0, 1)
+            self.store.read(rows[here].flatten(), out=values)
+            if scale is not None:
+                torch.addcmul(shift, values, scale, out=values)
+            if places is not None:
+                add_noise(values, places[here].flatten(), self._noise)
+
+        if self.device.type == "cpu":
+            share(-(-B // step), lambda: fill)
+        else:
+            fill(0)
+        x = x.view(B, S, L, C)
+        order = self._calendar[1]
+        if _is_unordered(order):
+            x = x[:, :, torch.from_numpy(order).to(self.device)]
+        filled = torch.arange(S, device=self.device) < sizes.clamp(min=1).unsqueeze(1)
+        data = x.permute(0, 2, 3, 1), filled.float().unsqueeze(1).expand(-1, L, -1)
+        return data if self.extra is None else (data, self.extra[items].unsqueeze(1).expand(-1, L, -1))
+
+    def _series(self, items: Tensor, draw: tuple[int | str, ...]) -> Series:
+        """The data of a batch whose parcels have dates of their own."""
+        sizes, chosen, places = self._pixels(items, draw)
+        B, S, C = len(items), self.npixel, self.n_channels
+        L = int(self.store.dates[self._places[items]].max())
+        keys = parcel_keys(stream_key("dates", *draw), self._ids[items])
+        left_out = (uniform_values(keys, L) < self.temporal_dropout).numpy()
+        moved = (uniform_values(keys + 1, 1) * (2 * self.temporal_shift + 1)).long() - self.temporal_shift
+        x, mask, days = torch.zeros(B, S, L, C), torch.zeros(B, L, S), torch.zeros(B, L)
+
+        def fill(i: int) -> None:
+            """Writes a parcel's dates that are present, in order."""
+            size, item = int(sizes[i]), int(items[i])
+            if not size:
+                return
+            place, (own_days, rows) = self._places[item], self.calendar(item)
+            raw = self.store.parcel(place)[chosen[i].numpy()]  # (S, T, C)
+            values = torch.from_numpy(raw).float()
+            present = np.broadcast_to(np.arange(S) < size, (len(rows), S))
+            if not self.store.complete[place]:
+                missing = find_missing(raw.transpose(1, 2, 0), self.store.nodata)
+                if missing is not None:
+                    # As where a set is filled up, a copy stands for what is not there.
+                    copies = torch.from_numpy((~missing).argmax(1))
+                    copies = values[copies, torch.arange(len(rows))].expand_as(values)
+                    values = torch.where(
+                        torch.from_numpy(missing.T).unsqueeze(2), copies, values
+                    ).contiguous()
+                    present = present & ~missing
+            if self.norm is not None:
+                values = torch.addcmul(self._shift, values, self._scale)
+            if places is not None:
+                add_noise(values.view(S, -1), places[i], self._noise)
+            there = present.any(1)[rows]
+            if there.any():
+                kept = there & ~left_out[i, : len(rows)]
+                if not kept.any():  # one is left in any case
+                    kept[np.argmax(there)] = True
+                n, whole = int(kept.sum()), kept.all() and not _is_unordered(rows)
+                x[i, :, :n] = values if whole else values[:, torch.from_numpy(rows[kept])]
+                mask[i, :n] = torch.from_numpy(present[rows[kept]])
+                days[i, :n] = torch.from_numpy(own_days[kept]) + moved[i]
+
+        share(B, lambda: fill)
+        extra = None if self.extra is None else self.extra[items].unsqueeze(1).expand(-1, L, -1)
+        return Series(x.permute(0, 2, 3, 1), mask, extra, days)
+
     def mean_series(self, item: int) -> np.ndarray:
-        """Mean over all pixels of one parcel, not normalised, (T, C); zeros for a parcel without pixels."""
-        first, size = int(self._first[item]), int(self._sizes[item])
-        pixels = torch.empty(size, self.n_dates * self.n_channels, dtype=torch.float64)
-        self.store.read(torch.arange(first, first + size), out=pixels)
-        mean = pixels.mean(0) if size else pixels.sum(0)
-        return mean.view(self.n_dates, self.n_channels).numpy()
+        """Mean over all pixels of one parcel that are present, not normalised, (T, C) in the order of dates.
+
+        A date without a pixel is NaN; a parcel without pixels of a dataset with fixed dates is 0.
+        """
+        pixels = self.store.parcel(self._places[item]).astype(np.float64)[:, self.calendar(item)[1]]
+        if not len(pixels):
+            return np.full(pixels.shape[1:], np.nan if self.varying else 0.0)
+        missing = find_missing(pixels.transpose(1, 2, 0), self.store.nodata)
+        if missing is not None:
+            n = (~missing).sum(1)[:, None]
+            total = np.where(missing.T[:, :, None], 0, pixels).sum(0)
+            return np.where(n > 0, total / np.maximum(n, 1), np.nan)
+        return pixels.mean(0)
+
+
+def _is_unordered(rows: np.ndarray) -> bool:
+    """Whether the rows of a file are not in the order of their dates."""
+    return bool((rows[:-1] > rows[1:]).any())
 
 
 class PixelSetData_preloaded(PixelSetData):
@@ -267,6 +430,11 @@ class BatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         return -(-self._n // self.batch_size)
+
+    @property
+    def last_size(self) -> int:
+        """Parcels of the last batch."""
+        return (self._n - 1) % self.batch_size + 1
 
 
 class _Batches(Dataset):
@@ -325,13 +493,21 @@ def fold_splits(n_parcels: int, kfold: int, seed: int) -> list[tuple[list[int], 
 def find_norm(dataset: PixelSetData, path: str | Path | None = None) -> tuple[Arrays, str]:
     """Mean and standard deviation to normalise a dataset with, and a line that says where they come from.
 
-    From `path` if given, else from the dataset folder, else computed per date and channel.
+    From `path` if given, else from the dataset folder, else computed: per date and channel, or per channel for a
+    varying dataset, so that they serve other dates.
     """
-    shape = dataset.n_dates, dataset.n_channels
     candidates = [dataset.folder / name for name in STATISTICS_FILES] if path is None else [Path(path)]
     for candidate in candidates:
         if path is not None or candidate.exists():
-            return read_norm(candidate, shape), f"mean and standard deviation from {candidate}"
-    mean, std = dataset.store.statistics()
-    source = "mean and standard deviation computed per date and channel, since no file gives them"
-    return (mean, np.where(std > 0, std, 1)), source
+            norm = read_norm(candidate, dataset.norm_shape)
+            if not dataset.varying or all(values.ndim < 2 for values in norm):
+                return norm, f"mean and standard deviation from {candidate}"
+            if path is not None:
+                raise UserError(
+                    f"--norm {candidate} has values per date, which do not serve varying dates; give one value per channel."
+                )
+            break
+    per = "channel" if dataset.varying else "date"
+    mean, std = dataset.store.statistics(per)
+    described = "per channel, to serve any dates" if dataset.varying else "per date and channel"
+    return (mean, np.where(std > 0, std, 1)), f"mean and standard deviation computed {described}"

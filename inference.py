@@ -4,12 +4,15 @@ import learning  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
 import csv
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dataset import (
     UNKNOWN,
@@ -19,8 +22,12 @@ from dataset import (
     batch_loader,
     find_norm,
 )
+from learning.attention import PICTURES, choose_bands, mean_attention, write_attention
+from learning.distributed import RankBatches, gather_rows, is_main, join_ranks, main_first, together
 from learning.errors import UserError, as_user_error, run_cli
+from learning.export import export_run
 from learning.files import write_bytes
+from learning.maps import check_picture, match_outlines, write_map
 from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.options import (
     ARCHITECTURE,
@@ -33,7 +40,8 @@ from learning.options import (
     add_data_options,
     check_typed,
     classifier_name,
-    hyperparameters,
+    has_attention,
+    natural,
     read_preset,
     resolve_architecture,
     typed_architecture,
@@ -47,18 +55,23 @@ from learning.results import (
     read_config,
     to_npy,
 )
+from learning.runs import load_classifiers
 from learning.runtime import (
-    choose_device,
     count_workers,
     describe_device,
     keep_freed_memory,
     recursive_todevice,
 )
-from models import stclassifier
+from models.ranks import n_ranks
 from models.stclassifier import Ensemble
 from models.weights import choose_folds
-from preprocessing.metadata import check_norm, read_nomenclatures
+from preprocessing.classes import read_class_names
+from preprocessing.metadata import check_norm, read_info, read_nomenclatures
+from preprocessing.parcels import OUTLINES, read_outlines
 from preprocessing.simulate import embedded_dataset
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
 
 PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
 
@@ -75,6 +88,32 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument("--fold", default="all", help="number of one fold, from 1, or all for the mean of all")
     group.add_argument("--output_dir", default="./output", help="where to write the predictions")
+    group.add_argument(
+        "--parcels",
+        help="vector file with the parcels' outlines: also writes predictions.gpkg and predictions.parquet",
+    )
+    group.add_argument("--id_column", default="id", help="column with the dataset's ids in --parcels")
+    group.add_argument(
+        "--map", help="picture to draw a map in; without --parcels, the dataset's META/parcels.gpkg is used"
+    )
+    group.add_argument(
+        "--attention",
+        action="store_true",
+        help="also write each class's mean attention by head and date: attention.npz and a picture per class",
+    )
+    group.add_argument(
+        "--ndvi_bands",
+        type=natural,
+        nargs=2,
+        metavar=("RED", "NIR"),
+        help="channels, counted from 0, of the NDVI in those pictures (default: B4 and B8 by the names in "
+        "META/info.json, else 2 6 of the published 10 channels)",
+    )
+    group.add_argument(
+        "--export",
+        metavar="FILE",
+        help="only write the model, in one file that other programs run: FILE.onnx or FILE.pt2",
+    )
     add_data_options(parser)
     add_architecture_options(parser)
     return parser.parse_args()
@@ -84,28 +123,65 @@ def main() -> None:
     """Loads weights and data, predicts, and writes the predictions."""
     args = parse_args()
     keep_freed_memory()
-    device = choose_device(args.device)
+    device = join_ranks(args.device)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
         choose_folds(args.weight_dir, args.fold)  # before the data are read, which can take long
-    output = prepare_output(args.output_dir)
+    if args.export:
+        if is_main():
+            typed, preset = typed_architecture(args), read_preset(args.preset)
+        print(export_run(Path(args.export), Path(args.weight_dir), args.fold, typed, preset))
+        return
+    output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
     run = read_run(Path(args.weight_dir))
     if args.sub_classes and len(set(args.sub_classes)) < len(args.sub_classes):
         raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
     classes = args.sub_classes or run.get("sub_classes") or list(CLASSES_20)
-    dataset = open_dataset(args, run, classes)
+    outlines = open_outlines(args)
+    if args.attention and run and not has_attention(run | typed_architecture(args)):
+        raise UserError(f"--attention: a {classifier_name(run)} has no attention; L-TAE and TAE do.")
+    with main_first():
+        dataset = open_dataset(args, run, classes)
+    if outlines is not None:
+        outlines = match_outlines(outlines, dataset.pid)
     config = read_architecture(args, run, dataset, len(classes))
+    names = run.get("class_names")
+    if not names and (args.attention or outlines is not None):
+        names = read_class_names(dataset.folder, args.labels or run.get("labels", LABELS))
+    if args.attention:
+        channels = read_info(dataset.folder).get("bands") or []
+        bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)
     ensemble = load_ensemble(args, config, dataset, device)
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"
         f"Data: {len(dataset)} parcels of {dataset.folder}"
     )
+    if not is_main():
+        for _ in score_batches(ensemble, dataset, len(classes), args, device):
+            pass
+        return
     predicted = predict(ensemble, dataset, classes, args, device, output)
     write_bytes(
         output / PREDICTIONS,
         to_npy(np.stack([np.array(dataset.pid, np.int64), dataset.target, predicted], 1)),
     )
     report(dataset, predicted, len(classes), output)
+    if args.attention:
+        show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
+    if outlines is not None:
+        written = write_map(outlines, output / TABLE, output, args.map and Path(args.map), names)
+        print(f"Map: {', '.join(map(str, written))}")
+
+
+def open_outlines(args: argparse.Namespace) -> "GeoDataFrame | None":
+    """The outlines that the flags ask for, checked; None if they ask for none."""
+    if args.map:
+        check_picture(args.map)
+        if not (args.parcels or args.dataset_folder):
+            raise UserError("--map needs outlines, which the embedded dataset does not have; give --parcels.")
+    if args.parcels or args.map:
+        return read_outlines(args.parcels or Path(args.dataset_folder) / "META" / OUTLINES, args.id_column)
+    return None
 
 
 def read_run(weight_dir: Path) -> dict[str, Any]:
@@ -123,7 +199,7 @@ def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[in
         folder = embedded_dataset()
         print(f"Dataset: the embedded simulated one, in {folder}; --dataset_folder chooses another")
     folder = Path(folder)
-    labels = getattr(args, "labels", None)
+    labels = args.labels
     if labels is None and (folder / "META" / "labels.json").exists():
         usual = run.get("labels", LABELS)
         labels = usual if usual in read_nomenclatures(folder) else None
@@ -139,6 +215,7 @@ def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[in
             "copy it again from the training."
         )
     kind = PixelSetData_preloaded if args.preload else PixelSetData
+    any_dates = bool(run) and run["lms"] is None
     dataset = kind(
         folder,
         labels,
@@ -148,19 +225,27 @@ def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[in
         cache_dir=args.cache_dir,
         keep_all=True,
         extra_stats=extra_stats,
+        nodata=args.nodata,
+        season_start=run.get("season_start"),
+        varying=any_dates,
     ).evaluation(run.get("rdm_seed", 1))
+    if dataset.varying and not any_dates:
+        raise UserError(
+            f"the model was trained on dates that all parcels share, but {folder} has other dates for each parcel, or "
+            "observations are missing; train one with --varying_dates."
+        )
     if run:
         trained = {"channels": run["input_dim"], "dates": run["lms"], "extra features": run["n_extra"]}
-        found = (dataset.n_channels, dataset.n_dates, dataset.n_extra)
+        found = (dataset.n_channels, None if any_dates else dataset.n_dates, dataset.n_extra)
         for (what, expected), number in zip(trained.items(), found):
             if number != expected:
                 raise UserError(f"the model was trained on {expected} {what} but {folder} has {number}.")
-        if dataset.date_positions != run.get("date_positions", dataset.date_positions):
+        if not any_dates and dataset.date_positions != run.get("date_positions", dataset.date_positions):
             print(
                 "Dates: not those of the training; the model takes each for the training's date of the same rank"
             )
     if norm is not None and args.norm is None:
-        dataset.set_norm(check_norm(norm, (dataset.n_dates, dataset.n_channels), weight_dir / NORMALISATION))
+        dataset.set_norm(check_norm(norm, dataset.norm_shape, weight_dir / NORMALISATION))
     else:
         norm, source = find_norm(dataset, args.norm)
         dataset.set_norm(norm)
@@ -173,9 +258,10 @@ def read_architecture(
 ) -> dict[str, Any]:
     """The architecture of the run, where flags override it; of published defaults and flags for bare weights."""
     typed = typed_architecture(args)
+    n_dates = None if dataset.varying else dataset.n_dates
     if run and args.preset is None:
-        config = {name: run[name] for name in ARCHITECTURE} | typed
-        check_typed(typed, config, dataset.n_channels, dataset.n_dates, n_classes)
+        config = {name: run[name] for name in (*ARCHITECTURE, "grid")} | typed
+        check_typed(typed, config, dataset.n_channels, n_dates, n_classes)
         if n_classes != config["mlp4"][-1]:
             raise UserError(
                 f"--sub_classes names {n_classes} labels but the model tells {config['mlp4'][-1]} apart; leave it out "
@@ -183,7 +269,7 @@ def read_architecture(
             )
         return config
     return resolve_architecture(
-        typed, read_preset(args.preset), dataset.n_channels, dataset.n_dates, dataset.n_extra, n_classes
+        typed, read_preset(args.preset), dataset.n_channels, n_dates, dataset.n_extra, n_classes
     )
 
 
@@ -191,13 +277,9 @@ def load_ensemble(
     args: argparse.Namespace, config: dict[str, Any], dataset: PixelSetData, device: torch.device
 ) -> Ensemble:
     """The trained classifiers of the folds asked for."""
-    load = getattr(stclassifier, f"{classifier_name(config)}_pretrained")
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
-        return load(
-            args.weight_dir,
-            hyperparameters(config, dataset.n_extra, dataset.date_positions),
-            device,
-            args.fold,
+        return load_classifiers(
+            args.weight_dir, config, dataset.n_extra, dataset.date_positions, device, args.fold
         )
 
 
@@ -210,35 +292,93 @@ def predict(
     output: Path,
 ) -> np.ndarray:
     """Writes the table of predictions batch by batch; returns the predicted class indices, (N,)."""
-    sampler = BatchSampler(range(len(dataset)), args.batch_size)
-    loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device.type == "cuda")
     predicted: list[np.ndarray] = []
     done = 0
     unfinished = output / f".{TABLE}"
-    with open(unfinished, "w", newline="", encoding="utf-8") as file:
+    with (
+        as_user_error(OSError, prefix=f"{output / TABLE} cannot be written: "),
+        open(unfinished, "w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.writer(file)
         header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
         table.writerow(header + [f"probability_{code}" for code in classes])
-        for x, y in progress_bar(loader, "predicting", "batches"):
-            members = ensemble.member_log_probabilities(recursive_todevice(x, device))  # (members, B, K)
-            probabilities = members.mean(0).softmax(1)
-            confidence, best = probabilities.max(1)
-            agreement = (members.argmax(2) == best).float().mean(0)
-            ids = dataset.pid[done : done + len(y)]
-            columns = (values.tolist() for values in (y, best, confidence, agreement, probabilities))
-            for parcel, true, k, sure, agreed, each in zip(ids, *columns):
+        for rows in score_batches(ensemble, dataset, len(classes), args, device):
+            target, best = rows[:, :2].long().unbind(1)
+            ids = dataset.pid[done : done + len(rows)]
+            for parcel, true, k, numbers in zip(ids, target.tolist(), best.tolist(), rows[:, 2:].tolist()):
                 label = "" if true == UNKNOWN else classes[true]
-                numbers = (f"{number:.6g}" for number in (sure, agreed, *each))
-                table.writerow([parcel, label, classes[k], *numbers])
-            predicted.append(best.cpu().numpy())
-            done += len(y)
+                told = [""] * (1 + len(numbers))
+                if k != UNKNOWN:
+                    told = [classes[k], *(f"{number:.6g}" for number in numbers)]
+                table.writerow([parcel, label, *told])
+            predicted.append(best.numpy())
+            done += len(rows)
     os.replace(unfinished, output / TABLE)
     return np.concatenate(predicted)
 
 
+def score_batches(
+    ensemble: Ensemble,
+    dataset: PixelSetData,
+    n_classes: int,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Tables of batches in their order, (B, 4 + K) float64: target, predicted class, confidence, agreement, probabilities.
+
+    Of several processes each computes some of the batches, and the first one alone gets tables.
+    """
+    sampler = BatchSampler(range(len(dataset)), args.batch_size)
+    loader = batch_loader(
+        dataset, RankBatches(sampler, divide=False), count_workers(args.num_workers), device.type == "cuda"
+    )
+    batches = iter(loader)
+    rounds = range(-(-len(sampler) // n_ranks()))
+    for _ in progress_bar(rounds, "predicting", "batches", shown=is_main()):
+        rows = torch.empty(0, 4 + n_classes, dtype=torch.float64)
+        for x, y in itertools.islice(batches, 1):  # none in the last round of some processes
+            members = ensemble.member_log_probabilities(recursive_todevice(x, device))  # (members, B, K)
+            probabilities = members.mean(0).softmax(1)
+            confidence, best = probabilities.max(1)
+            best[confidence.isnan()] = UNKNOWN  # a parcel without any observation
+            agreement = (members.argmax(2) == best).float().mean(0)
+            columns = (y.to(device), best, confidence, agreement)
+            rows = torch.cat([torch.stack([v.double() for v in columns], 1), probabilities.double()], 1).cpu()
+        yield from gather_rows(rows, args.batch_size)
+
+
+def show_attention(
+    ensemble: Ensemble,
+    dataset: PixelSetData,
+    predicted: np.ndarray,
+    classes: list[int | str],
+    names: dict[str, str],
+    bands: tuple[int, int] | None,
+    args: argparse.Namespace,
+    device: torch.device,
+    output: Path,
+) -> None:
+    """Writes the mean attention of each true class or, where no label is known, of each predicted one."""
+    known = (dataset.target != UNKNOWN).any()
+    sampler = BatchSampler(range(len(dataset)), args.batch_size)
+    loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device.type == "cuda")
+    groups = dataset.target if known else predicted
+    attention = mean_attention(ensemble, dataset, loader, groups, len(classes), bands, device)
+    folds = list(choose_folds(args.weight_dir, args.fold))
+    written = write_attention(output, attention, dataset, classes, names, folds)
+    print(
+        f"Attention by {'true' if known else 'predicted'} class: {written[0]}, {len(written) - 1} pictures in "
+        f"{output / PICTURES}"
+        + ("" if bands else "; no NDVI, since nothing tells its bands: give --ndvi_bands")
+    )
+
+
 def report(dataset: PixelSetData, predicted: np.ndarray, n_classes: int, output: Path) -> None:
     """Says where the predictions are and, where labels are known, how good they are."""
-    known = dataset.target != UNKNOWN
+    undefined = predicted == UNKNOWN
+    if undefined.any():
+        print(f"Undefined: {undefined.sum()} parcels without any observation, left empty (class -1)")
+    known = (dataset.target != UNKNOWN) & ~undefined
     if known.any():
         mat = confusion_matrix(dataset.target[known], predicted[known], labels=range(n_classes))
         print(
@@ -249,4 +389,4 @@ def report(dataset: PixelSetData, predicted: np.ndarray, n_classes: int, output:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(together(main))

@@ -3,9 +3,11 @@
 import learning  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
-import copy
 import platform
+import shlex
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import numpy as np
 import torch
 
 from dataset import BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm, fold_splits
+from learning.calibration import CALIBRATION, Calibration
+from learning.distributed import RankBatches, is_main, join_ranks, main_first, rank, together
 from learning.draws import stream_key
 from learning.engine import evaluation, train_epoch
 from learning.errors import UserError, run_cli
-from learning.files import write_json
+from learning.files import remove_unfinished, write_json
 from learning.focal_loss import FocalLoss
 from learning.options import (
     EXTRA_FEATURE,
@@ -27,7 +31,10 @@ from learning.options import (
     add_data_options,
     build_model,
     choose_classes,
+    fraction,
+    natural,
     non_negative,
+    parse_month_day,
     positive,
     read_preset,
     resolve_architecture,
@@ -35,22 +42,34 @@ from learning.options import (
     typed_architecture,
 )
 from learning.plots import plot_confusion, plot_training
+from learning.report import write_report
 from learning.results import (
     CONFIG,
-    TRAINLOG,
     fold_folder,
     prepare_folder,
-    remove_folds,
-    save_checkpoint,
+    remove_results,
     save_figure,
     save_normalisation,
     save_overall,
     save_test,
 )
-from learning.runtime import choose_device, count_workers, describe_device, keep_freed_memory, set_seeds
-from learning.weight_init import weight_init
-from models.weights import CHECKPOINT
+from learning.resume import (
+    FoldProgress,
+    Log,
+    check_same_run,
+    check_same_settings,
+    data_key,
+    finished_folds,
+    resumable,
+)
+from learning.runtime import count_workers, describe_device, keep_freed_memory, set_seeds
+from learning.weight_init import freeze_idle_biases, weight_init
+from models.ranks import n_ranks, share_statistics
+from preprocessing.classes import read_class_names
+from preprocessing.folds import read_folds, read_parts
+from preprocessing.metadata import choose_nomenclature, read_info
 from preprocessing.simulate import embedded_dataset
+from preprocessing.store import check_folder
 
 
 def parse_args() -> argparse.Namespace:
@@ -59,21 +78,55 @@ def parse_args() -> argparse.Namespace:
     add_data_options(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--res_dir", default="./results", help="results folder")
-    group.add_argument(
+    earlier = group.add_mutually_exclusive_group()
+    earlier.add_argument(
         "--overwrite", action="store_true", help="replace the results of an earlier run in res_dir"
     )
+    earlier.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after the last finished epoch of a run in res_dir, if there is one",
+    )
     group.add_argument("--kfold", type=positive, default=5, help="number of folds, at least 3")
+    group.add_argument(
+        "--folds",
+        help="file of folds, as preprocessing.split writes it, instead of random ones; wins over --kfold",
+    )
     group.add_argument("--epochs", type=positive, default=100, help="epochs per fold")
     group.add_argument("--lr", type=non_negative, default=0.001, help="learning rate of Adam")
     group.add_argument(
         "--gamma", type=non_negative, default=1.0, help="gamma of the focal loss; 0 is cross-entropy"
+    )
+    group.add_argument(
+        "--varying_dates",
+        action="store_true",
+        help="a model for any dates, even if all parcels share theirs; used anyway where parcels have dates of their own "
+        "or observations are missing",
+    )
+    group.add_argument(
+        "--season_start",
+        type=parse_month_day,
+        help="count days from this day of the year, as 10-01, which makes years comparable; without it from the first "
+        "date of the dataset. Implies --varying_dates, as do the next two",
+    )
+    group.add_argument(
+        "--temporal_dropout",
+        type=fraction,
+        default=0.0,
+        help="share of the dates left out at random in training",
+    )
+    group.add_argument(
+        "--temporal_shift",
+        type=natural,
+        default=0,
+        help="days, at most, by which a parcel's calendar is moved at random in training",
     )
     group.add_argument("--rdm_seed", type=seed, default=1, help="seed of the folds and of every random draw")
     group.add_argument(
         "--display_step", type=positive, default=50, help="batches between two looks at the loss"
     )
     add_architecture_options(parser)
-    parser.set_defaults(labels=LABELS, npixel=NPIXEL)
+    parser.set_defaults(npixel=None)
     args = parser.parse_args()
     if args.batch_size < 2:
         raise UserError(
@@ -86,36 +139,84 @@ def main() -> None:
     """Prepares data and model, trains every fold, and sums up."""
     args = parse_args()
     keep_freed_memory()
-    device = choose_device(args.device)
+    device = join_ranks(args.device)
     preset = read_preset(args.preset)
-    res_dir = prepare_folder(args.res_dir, args.overwrite)
-    print(f"Device: {describe_device(device)}")
-    dataset, classes = open_dataset(args)
-    splits = fold_splits(len(dataset), args.kfold, args.rdm_seed)
+    if args.folds:
+        args.kfold = len(read_parts(args.folds))
+    res_dir = Path(args.res_dir)
+    if is_main():
+        prepare_folder(res_dir, args.overwrite, args.resume)
+        if args.resume and (res_dir / CONFIG).exists():
+            check_same_run(res_dir, vars(args))
+    processes = f", {n_ranks()} processes" if n_ranks() > 1 else ""
+    print(f"Device: {describe_device(device)}{processes}")
+    with main_first():
+        dataset, classes = open_dataset(args)
+    if args.folds:
+        splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist())
+    else:
+        splits = fold_splits(len(dataset), args.kfold, args.rdm_seed)
+    n_dates = None if dataset.varying else dataset.n_dates
     architecture = resolve_architecture(
-        typed_architecture(args), preset, dataset.n_channels, dataset.n_dates, dataset.n_extra, len(classes)
+        typed_architecture(args), preset, dataset.n_channels, n_dates, dataset.n_extra, len(classes)
     )
-    config = vars(args) | architecture | describe_dataset(dataset, classes)
+    config = vars(args) | architecture | describe_dataset(dataset, classes, architecture["grid_days"])
     config["N_params"] = build_model(config, dataset.n_extra, dataset.date_positions).param_ratio()
+    config["data_key"] = data_key(dataset, splits)
+    config["class_names"] = read_class_names(dataset.folder, config["labels"])
+    config["simulated"] = bool(read_info(dataset.folder).get("simulated"))
+    config["command"] = shlex.join(["python", "train.py", *sys.argv[1:]])
     config["device"] = str(device)
     config["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
     }
-    remove_folds(res_dir)
-    write_json(res_dir / CONFIG, config)
-    save_normalisation(res_dir, dataset.norm, dataset.extra_stats)
+    with resumable(res_dir):
+        if is_main():
+            begin_run(res_dir, config, dataset)
+        train_folds(dataset, splits, config, device, res_dir)
 
+
+def begin_run(res_dir: Path, config: dict[str, Any], dataset: PixelSetData) -> None:
+    """Makes the results folder ready for a new run, or for an earlier one to go on if that is the same."""
+    remove_unfinished(res_dir)
+    if config["resume"] and (res_dir / CONFIG).exists():
+        check_same_settings(res_dir, config, dataset.norm, dataset.extra_stats)
+        return
+    remove_results(res_dir)
+    save_normalisation(res_dir, dataset.norm, dataset.extra_stats)
+    write_json(res_dir / CONFIG, config)
+
+
+def train_folds(
+    dataset: PixelSetData,
+    splits: Sequence[tuple[list[int], list[int], list[int]]],
+    config: dict[str, Any],
+    device: torch.device,
+    res_dir: Path,
+) -> None:
+    """Trains on the folds that are not finished, and sums up all of them."""
     if dataset.fits_on(device):
         dataset = dataset.to(device)
-    clock = Clock(args.kfold * args.epochs)
-    logs, tests = {}, []
-    for fold, split in enumerate(splits, start=1):
+    finished = finished_folds(res_dir, len(splits))
+    fewest = min(config["batch_size"], *(len(train) for train, _, _ in splits))
+    if fewest < n_ranks():
+        raise UserError(
+            f"there are {n_ranks()} processes for batches of {fewest} parcels; start fewer processes."
+        )
+    clock = Clock((len(splits) - len(finished)) * config["epochs"])
+    if finished:
+        print(f"Resuming: {len(finished)} of {len(splits)} folds are finished")
+    tests = [test for test, _ in finished]
+    logs: dict[int, Log] = {fold: log for fold, (_, log) in enumerate(finished, start=1)}
+    for fold, split in list(enumerate(splits, start=1))[len(finished) :]:
         test, logs[fold] = train_fold(dataset, split, fold, config, device, fold_folder(res_dir, fold), clock)
         tests.append(test)
-        save_figure(res_dir / "training_curves.png", plot_training(logs))
-    summarise(res_dir, tests, classes, clock)
+        if is_main():
+            save_figure(res_dir / "training_curves.png", plot_training(logs))
+    if is_main():
+        summarise(res_dir, tests, config["sub_classes"], clock)
 
 
 def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, list[int]]:
@@ -124,29 +225,59 @@ def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, list[int]]:
     if folder is None:
         folder = embedded_dataset()
         print(f"Dataset: the embedded simulated one, in {folder}; --dataset_folder chooses another")
-    every_label = PixelSetData(folder, args.labels, args.npixel, cache_dir=args.cache_dir)
-    classes = choose_classes(every_label.target.tolist(), args.sub_classes)
+    check_folder(Path(folder))
+    args.labels = choose_nomenclature(Path(folder), args.labels, LABELS)
+    reading = {"cache_dir": args.cache_dir, "nodata": args.nodata, "season_start": args.season_start}
+    every_label = PixelSetData(folder, args.labels, NPIXEL, **reading)
+    names = every_label.classes
+    present = [names[i] for i in every_label.target] if names else every_label.target.tolist()
+    classes = choose_classes(present, args.sub_classes)
+    if args.npixel is None:
+        args.npixel = min(NPIXEL, int(every_label.store.sizes.max()))
     has_extra = (every_label.folder / "META" / f"{EXTRA_FEATURE}.json").exists()
     extra = EXTRA_FEATURE if args.geomfeat or (args.geomfeat is None and has_extra) else None
     kind = PixelSetData_preloaded if args.preload else PixelSetData
-    dataset = kind(folder, args.labels, args.npixel, classes, extra_feature=extra, cache_dir=args.cache_dir)
+    dataset = kind(
+        folder,
+        args.labels,
+        args.npixel,
+        classes,
+        extra_feature=extra,
+        varying=bool(args.varying_dates or args.season_start or args.temporal_dropout or args.temporal_shift),
+        temporal_dropout=args.temporal_dropout,
+        temporal_shift=args.temporal_shift,
+        **reading,
+    )
     norm, source = find_norm(dataset, args.norm)
     dataset.set_norm(norm)
     print(
-        f"Data: {len(dataset)} parcels, {dataset.n_dates} dates, {dataset.n_channels} channels, "
+        f"Data: {len(dataset)} parcels, {describe_dates(dataset)}, {dataset.n_channels} channels, "
         f"{dataset.n_extra} extra features, {len(classes)} classes\nNormalisation: {source}"
     )
+    if dataset.n_unobserved:
+        print(f"Left out: {dataset.n_unobserved} parcels without any observation")
     return dataset, classes
 
 
-def describe_dataset(dataset: PixelSetData, classes: list[int]) -> dict[str, Any]:
+def describe_dates(dataset: PixelSetData) -> str:
+    """The number of dates in words."""
+    least = int(dataset.store.dates.min())
+    number = str(dataset.n_dates) if least == dataset.n_dates else f"{least} to {dataset.n_dates}"
+    return f"{number} {'varying ' if dataset.varying else ''}dates"
+
+
+def describe_dataset(dataset: PixelSetData, classes: list[int], grid_days: int) -> dict[str, Any]:
     """What inference has to know about the data that a model was trained on."""
+    first, last = dataset.day_range
     return {
         "dataset_folder": str(dataset.folder.resolve()),
         "geomfeat": int(dataset.n_extra > 0),
         "n_extra": dataset.n_extra,
         "sub_classes": classes,
         "date_positions": dataset.date_positions,
+        "varying_dates": dataset.varying,
+        "nodata": dataset.store.nodata,
+        "grid": list(range(first, last + grid_days, grid_days)) if dataset.varying else None,
     }
 
 
@@ -158,8 +289,10 @@ def train_fold(
     device: torch.device,
     folder: Path,
     clock: "Clock",
-) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+) -> tuple[dict[str, float], Log]:
     """Trains on one fold, keeps the epoch with the best validation mIoU, and tests that one.
+
+    Goes on after the last finished epoch, if there is one in the fold's folder.
 
     Returns:
         The test metrics, and the log of the epochs.
@@ -168,39 +301,49 @@ def train_fold(
     workers, pinned = count_workers(config["num_workers"]), device.type == "cuda"
     set_seeds(stream_key("weights", seed, fold) % 2**63)
     model = build_model(config, dataset.n_extra, dataset.date_positions).apply(weight_init).to(device)
+    freeze_idle_biases(model)
+    if n_ranks() > 1:
+        share_statistics(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
     criterion = FocalLoss(config["gamma"])
     train, val, test = split
     fixed = dataset.evaluation(seed)
     val_loader, test_loader = (
-        batch_loader(fixed, BatchSampler(part, batch_size), workers, pinned) for part in (val, test)
+        batch_loader(fixed, RankBatches(BatchSampler(part, batch_size), divide=False), workers, pinned)
+        for part in (val, test)
     )
-    log: dict[int, dict[str, float]] = {}
-    best_epoch, best_weights = 0, {}
-    for epoch in range(1, config["epochs"] + 1):
+    progress = FoldProgress(folder, model, optimizer)
+    if progress.epoch:
+        clock.skip(progress.epoch)
+        print(f"Resuming: fold {fold} after epoch {progress.epoch}")
+    for epoch in range(progress.epoch + 1, config["epochs"] + 1):
+        set_seeds(stream_key("dropout", seed, fold, epoch, rank()) % 2**63)
         name = f"Fold {fold}/{config['kfold']}  epoch {epoch}/{config['epochs']}"
         order = BatchSampler(train, batch_size, stream_key("order", seed, fold, epoch), drop_single=True)
-        loader = batch_loader(dataset.epoch_draws(seed, fold, epoch), order, workers, pinned)
-        log[epoch] = train_epoch(
+        loader = batch_loader(
+            dataset.epoch_draws(seed, fold, epoch), RankBatches(order, divide=True), workers, pinned
+        )
+        scores = train_epoch(
             model, optimizer, criterion, loader, device, n_classes, config["display_step"], name
         )
-        scores, _ = evaluation(model, criterion, val_loader, device, n_classes, "val", f"{name}  validation")
-        log[epoch] |= scores
-        write_json(folder / TRAINLOG, log)
-        if best_epoch == 0 or scores["val_IoU"] >= log[best_epoch]["val_IoU"]:
-            best_epoch, best_weights = epoch, copy.deepcopy(model.state_dict())
-            save_checkpoint(folder / CHECKPOINT, epoch, best_weights, optimizer.state_dict())
-        star = " *best" if best_epoch == epoch else ""
-        print(f"{name}  {format_scores(log[epoch])}{star} | {clock.lap(len(train) + len(val))}", flush=True)
-    model.load_state_dict(best_weights)
-    metrics, confusion = evaluation(model, criterion, test_loader, device, n_classes, "test", "test")
-    save_test(folder, metrics, confusion)
+        scores |= evaluation(model, criterion, val_loader, device, n_classes, "val", f"{name}  validation")[0]
+        star = " *best" if progress.finish_epoch(scores) else ""
+        print(f"{name}  {format_scores(scores)}{star} | {clock.lap(len(train) + len(val))}", flush=True)
+    progress.load_best()
+    calibration = Calibration(device)
+    metrics, confusion = evaluation(
+        model, criterion, test_loader, device, n_classes, "test", "test", calibration
+    )
+    if is_main():
+        save_test(folder, metrics, confusion)
+        write_json(folder / CALIBRATION, calibration.summary())
+    progress.close()
     print(
-        f"Fold {fold}/{config['kfold']}  test of epoch {best_epoch}: accuracy {metrics['test_accuracy']:.1f}%, "
+        f"Fold {fold}/{config['kfold']}  test of epoch {progress.best_epoch}: accuracy {metrics['test_accuracy']:.1f}%, "
         f"mIoU {metrics['test_IoU']:.3f}, loss {metrics['test_loss']:.3f}",
         flush=True,
     )
-    return metrics, log
+    return metrics, progress.log
 
 
 def format_scores(scores: dict[str, float]) -> str:
@@ -230,10 +373,11 @@ def summarise(res_dir: Path, tests: list[dict[str, float]], classes: list[int], 
         f"Results: {res_dir} (overall.json, per_class.json, Fold_k/)\n"
         f"Pictures: {res_dir / 'training_curves.png'}, {res_dir / 'confusion_matrix.png'}"
     )
+    print(f"Report: {write_report(res_dir)}")
 
 
 class Clock:
-    """Tells rate and time left of a run of n_epochs, over all folds."""
+    """Tells rate and time left of n_epochs, over all folds that are not finished."""
 
     def __init__(self, n_epochs: int) -> None:
         self.n_epochs, self.done = n_epochs, 0
@@ -242,6 +386,11 @@ class Clock:
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self.start
+
+    def skip(self, n_epochs: int) -> None:
+        """Leaves out epochs that an earlier process finished."""
+        self.n_epochs -= n_epochs
+        self.last = time.monotonic()
 
     def lap(self, n_parcels: int) -> str:
         """Counts an epoch over n_parcels and puts its duration, its rate and the time left into words."""
@@ -259,4 +408,4 @@ def format_time(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(together(main))

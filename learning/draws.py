@@ -81,6 +81,11 @@ def add_noise(rows: Tensor, places: Tensor, noise: Tensor) -> None:
     rows += noise.unfold(0, rows.shape[1], 1).index_select(0, places)
 
 
+def uniform_values(keys: Tensor, n: int) -> Tensor:
+    """n numbers from 0 to 1, 1 excluded, for every key: (B, n) float64."""
+    return _shift(_mix(keys.unsqueeze(1) ^ _mix(torch.arange(n, device=keys.device))), 11).double() / 2**53
+
+
 def _permute(x: Tensor, a: Tensor, b: Tensor, *round_keys: Tensor) -> Tensor:
     """A bijection of 0..a*b-1, its own for every round key."""
     left = x // b

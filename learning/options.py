@@ -6,14 +6,17 @@ configuration of a trained run); the published default. A size that is not typed
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from learning.errors import UserError, as_user_error
 from learning.files import read_json
 from models import stclassifier
+from models.layers import DAYS
 from models.stclassifier import PseClassifier
 
 PRESETS = Path(__file__).resolve().parent.parent / "config_fig2.json"
@@ -62,6 +65,7 @@ ARCHITECTURE = {
     "hidden_dim": 156,
     "tcnn": False,
     "nker": [32, 32, 128],
+    "grid_days": 10,
 }
 TAE_DEFAULTS = {"n_head": 4, "d_k": 32, "mlp3": [512, 128, 128], "d_model": None}
 
@@ -71,6 +75,34 @@ def parse_list(text: str) -> list[int]:
     if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as [128,64]")
     return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def parse_labels(text: str) -> list[int] | list[str]:
+    """Reads a list of labels, whole numbers or text, typed as [1,3] or [wheat,maize]."""
+    labels = [label.strip() for label in text.strip().removeprefix("[").removesuffix("]").split(",")]
+    if not all(labels):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of labels such as [1,3] or [wheat,maize]")
+    return [int(label) for label in labels] if all(re.fullmatch(r"-?\d+", x) for x in labels) else labels
+
+
+def parse_month_day(text: str) -> tuple[int, int]:
+    """Reads a day of the year typed as MM-DD."""
+    try:
+        day = datetime.strptime(f"2001-{text}", "%Y-%m-%d")  # of a common year, so that every year has it
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day of the year such as 10-01") from None
+    return day.month, day.day
+
+
+def parse_number(text: str) -> float:
+    """Reads a number, infinities included; nan is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number (NaN means missing in any case)")
+    return value
 
 
 def parse_widths(text: str) -> list[int]:
@@ -148,12 +180,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_folder", help="dataset folder; without it the embedded simulated dataset")
     group.add_argument(
-        "--labels", default=argparse.SUPPRESS, help=f"nomenclature of META/labels.json (default: {LABELS})"
+        "--labels", help=f"nomenclature of META/labels.json; without it {LABELS}, or the only one there is"
     )
     group.add_argument(
         "--sub_classes",
-        type=parse_list,
-        help="labels to tell apart, as [1,3,4]; without it the published 20 where the dataset has them all, else "
+        type=parse_labels,
+        help="labels to tell apart, as [1,3,4] or [wheat,maize]; without it the published 20 where the dataset has them all, else "
         "every label present",
     )
     group.add_argument(
@@ -173,7 +205,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "--npixel",
         type=positive,
         default=argparse.SUPPRESS,
-        help=f"pixels drawn per parcel and date (default: {NPIXEL})",
+        help=f"pixels drawn per parcel (default: {NPIXEL}, or as many as the largest parcel has)",
+    )
+    group.add_argument(
+        "--nodata",
+        type=parse_number,
+        help="value that, in all channels of a pixel, says that it is missing on a date, as NaN does; without it that of "
+        "META/info.json",
     )
     group.add_argument("--batch_size", type=positive, default=128, help="parcels per batch")
     group.add_argument(
@@ -225,6 +263,7 @@ def add_architecture_options(parser: argparse.ArgumentParser) -> None:
     add("hidden_dim", "size of the GRU's hidden state", type=positive)
     add("tcnn", "PSE + TempCNN", action="store_true")
     add("nker", "kernels of TempCNN's convolutions", type=parse_widths)
+    add("grid_days", "days between the dates that TempCNN interpolates varying dates to", type=positive)
 
 
 def typed_architecture(args: argparse.Namespace) -> dict[str, Any]:
@@ -245,7 +284,7 @@ def read_preset(name: str | None) -> dict[str, Any]:
     return {key: parse_list(value) if isinstance(value, str) else value for key, value in values.items()}
 
 
-def choose_classes(present: Sequence[int], asked: Sequence[int] | None) -> list[int]:
+def choose_classes(present: Sequence[int | str], asked: Sequence[int | str] | None) -> list[int] | list[str]:
     """The labels to tell apart: those asked for, else the published 20 if all are present, else all present.
 
     Raises:
@@ -253,6 +292,7 @@ def choose_classes(present: Sequence[int], asked: Sequence[int] | None) -> list[
     """
     present = sorted(set(present))
     if asked is not None:
+        asked = [type(present[0])(code) if str(code).lstrip("-").isdigit() else code for code in asked]
         missing = [code for code in asked if code not in present]
         if missing or len(set(asked)) < len(asked):
             what = f"contains {missing[0]}, which no parcel has" if missing else "names a label twice"
@@ -264,9 +304,11 @@ def choose_classes(present: Sequence[int], asked: Sequence[int] | None) -> list[
 
 
 def check_typed(
-    typed: dict[str, Any], config: dict[str, Any], n_channels: int, n_dates: int, n_classes: int
+    typed: dict[str, Any], config: dict[str, Any], n_channels: int, n_dates: int | None, n_classes: int
 ) -> None:
     """Checks the flags that were typed, and the configuration that they made, against the data.
+
+    n_dates is None for dates that vary.
 
     Raises:
         UserError: if a flag contradicts the data, or two architectures are asked for.
@@ -279,15 +321,27 @@ def check_typed(
         ("num_classes", n_classes, "classes"),
     ):
         if typed.get(flag, told) != told:
+            number = "varying" if told is None else told
             raise UserError(
-                f"--{flag} is {typed[flag]} but the dataset has {told} {what}; leave --{flag} out."
+                f"--{flag} is {typed[flag]} but the dataset has {number} {what}; leave --{flag} out."
             )
+    if n_dates is None and config["positions"] == "order":
+        raise UserError(
+            "--positions order numbers the dates, which says nothing where they vary; leave it out."
+        )
 
 
 def resolve_architecture(
-    typed: dict[str, Any], preset: dict[str, Any], n_channels: int, n_dates: int, n_extra: int, n_classes: int
+    typed: dict[str, Any],
+    preset: dict[str, Any],
+    n_channels: int,
+    n_dates: int | None,
+    n_extra: int,
+    n_classes: int,
 ) -> dict[str, Any]:
     """All architecture settings, from what is typed, the data and a preset; see the head of this file.
+
+    n_dates is None for dates that vary.
 
     Raises:
         UserError: if a typed flag contradicts the data. Sizes that contradict each other are found by the model.
@@ -339,15 +393,24 @@ def _resolve_attention(config: dict[str, Any], typed: dict[str, Any], follow: An
         config["d_model"] = None if d_model == in_channels else d_model
 
 
-def hyperparameters(config: dict[str, Any], n_extra: int, date_positions: Sequence[int]) -> dict[str, Any]:
-    """Constructor arguments of the classifier that a resolved configuration describes."""
-    positions = list(date_positions) if config["positions"] == "bespoke" else None
+def hyperparameters(
+    config: dict[str, Any], n_extra: int, date_positions: Sequence[int] | None
+) -> dict[str, Any]:
+    """Constructor arguments of the classifier that a resolved configuration describes.
+
+    `lms` is None in a configuration for varying dates: `grid` then lists the days TempCNN interpolates to.
+    """
+    varying = config["lms"] is None
+    positions = list(date_positions) if config["positions"] == "bespoke" and not varying else None
+    positions = DAYS if varying else positions
     kwargs = {name: config[name] for name in ("input_dim", "mlp1", "pooling", "mlp2", "mlp4")}
     kwargs |= {"with_extra": n_extra > 0, "extra_size": n_extra, "positions": positions}
     if config["gru"]:
         return kwargs | {"hidden_dim": config["hidden_dim"]}
     if config["tcnn"]:
-        return kwargs | {"nker": config["nker"], "mlp3": config["mlp3"], "seq_len": config["lms"]}
+        kwargs |= {"nker": config["nker"], "mlp3": config["mlp3"], "seq_len": config["lms"]}
+        grid = config.get("grid")
+        return kwargs | ({"positions": grid, "grid": grid, "seq_len": len(grid)} if varying else {})
     kwargs |= {name: config[name] for name in ("n_head", "d_k", "d_model", "mlp3", "dropout", "T")}
     return kwargs | {"len_max_seq": config["lms"]}
 
@@ -358,7 +421,12 @@ def classifier_name(config: dict[str, Any]) -> str:
     return next((name for flag, name in names.items() if config.get(flag)), "PseLTae")
 
 
-def build_model(config: dict[str, Any], n_extra: int, date_positions: Sequence[int]) -> PseClassifier:
+def has_attention(config: dict[str, Any]) -> bool:
+    """Whether a configuration describes a classifier with attention."""
+    return classifier_name(config) in ("PseLTae", "PseTae")
+
+
+def build_model(config: dict[str, Any], n_extra: int, date_positions: Sequence[int] | None) -> PseClassifier:
     """The classifier that a resolved configuration describes.
 
     Raises:
@@ -370,6 +438,6 @@ def build_model(config: dict[str, Any], n_extra: int, date_positions: Sequence[i
         )
 
 
-def _brief(values: Sequence[int], most: int = 30) -> str:
+def _brief(values: Sequence[int | str], most: int = 30) -> str:
     text = ", ".join(map(str, values[:most]))
     return text + (", ..." if len(values) > most else "")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from learning.errors import UserError
@@ -22,22 +21,35 @@ CONFIG, NORMALISATION, OVERALL, PER_CLASS = "conf.json", "normalisation.npz", "o
 TRAINLOG, TEST_METRICS, CONFUSION = "trainlog.json", "test_metrics.json", "conf_mat.pkl"
 
 
-def prepare_folder(res_dir: str | Path, overwrite: bool) -> Path:
+def prepare_folder(res_dir: str | Path, overwrite: bool, resume: bool = False) -> Path:
     """Makes the results folder, or makes sure that it can be written and holds no earlier results.
 
     Raises:
-        UserError: if it cannot be written, or holds results and `overwrite` is not set.
+        UserError: if it cannot be written, or holds results and neither `overwrite` nor `resume` is set; or if there is
+            nothing that says which run to resume.
     """
     folder = prepare_output(res_dir)
-    if ((folder / CONFIG).exists() or any(folder.glob("Fold_*"))) and not overwrite:
+    has_folds = any(folder.glob("Fold_*"))
+    if ((folder / CONFIG).exists() or has_folds) and not (overwrite or resume):
         raise UserError(
-            f"{folder} holds the results of an earlier run; add --overwrite or choose another --res_dir."
+            f"{folder} holds the results of an earlier run; add --resume to go on with it, --overwrite to replace it, "
+            "or choose another --res_dir."
+        )
+    if resume and has_folds and not (folder / CONFIG).exists():
+        raise UserError(
+            f"--resume: {folder} has folds but no {CONFIG}; give --overwrite or another --res_dir."
         )
     return folder
 
 
-def remove_folds(res_dir: Path) -> None:
-    """Removes the folds of an earlier run; of more folds than this one makes, inference would use the rest too."""
+def remove_results(res_dir: Path) -> None:
+    """Removes the results of an earlier run; of more folds than this one makes, inference would use the rest too."""
+    for name in (
+        CONFIG,
+        OVERALL,
+        PER_CLASS,
+    ):  # the configuration first: what is left then is not taken for a run
+        (res_dir / name).unlink(missing_ok=True)
     for path in res_dir.glob("Fold_*"):
         shutil.rmtree(path)
 
@@ -51,7 +63,7 @@ def prepare_output(path: str | Path) -> Path:
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(folder / ".writable", b"")
+        (folder / ".writable").write_bytes(b"")
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
@@ -81,13 +93,6 @@ def fold_folder(res_dir: Path, fold: int) -> Path:
     folder = res_dir / f"Fold_{fold}"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-def save_checkpoint(path: Path, epoch: int, state_dict: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """Writes a checkpoint under the published keys."""
-    buffer = io.BytesIO()
-    torch.save({"epoch": epoch, "state_dict": state_dict, "optimizer": optimizer}, buffer)
-    write_bytes(path, buffer.getvalue())
 
 
 def save_test(folder: Path, metrics: dict[str, float], confusion: np.ndarray) -> None:
@@ -158,15 +163,23 @@ def _is_list(value: Any, least: float = 1) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_whole(item, least) for item in value)
 
 
+def _is_names(value: Any) -> bool:
+    """Whether a value of a JSON file is a list of texts, not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+
+
 # What inference reads from conf.json, and what is expected there.
 _ENTRIES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
-        ("input_dim", "n_head", "d_k", "T", "lms", "num_classes", "hidden_dim", "npixel"), _is_whole
+        ("input_dim", "n_head", "d_k", "T", "num_classes", "hidden_dim", "npixel", "grid_days"), _is_whole
     ),
     **dict.fromkeys(("mlp1", "mlp2", "mlp3", "mlp4", "nker"), _is_list),
     **dict.fromkeys(("tae", "gru", "tcnn"), lambda value: isinstance(value, bool)),
     **dict.fromkeys(("n_extra", "rdm_seed"), lambda value: _is_whole(value, 0)),
-    **dict.fromkeys(("sub_classes", "date_positions"), lambda value: _is_list(value, -math.inf)),
+    "sub_classes": lambda value: _is_list(value, -math.inf) or _is_names(value),
+    **dict.fromkeys(("date_positions", "grid"), lambda value: value is None or _is_list(value, -math.inf)),
+    "lms": lambda value: value is None or _is_whole(value),
+    "season_start": lambda value: value is None or (_is_list(value) and len(value) == 2),
     "d_model": lambda value: value is None or _is_whole(value),
     "dropout": lambda value: isinstance(value, float) and 0 <= value < 1,
     "pooling": lambda value: isinstance(value, str),

@@ -52,12 +52,13 @@ def set_seeds(seed: int) -> None:
 
 
 def count_workers(asked: int) -> int:
-    """Loading processes to use: as many as asked for, but no more than there are cores beside the two training ones.
+    """Loading processes to use: as many as asked for, but no more than there are cores beside two that train.
 
     Batches are the same for any number, so this is a matter of speed alone.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(asked, cores - 2))
+    trainings = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started on this machine
+    return max(0, min(asked, cores // trainings - 2))
 
 
 def recursive_todevice(x: Any, device: torch.device) -> Any:
@@ -65,7 +66,8 @@ def recursive_todevice(x: Any, device: torch.device) -> Any:
     if isinstance(x, torch.Tensor):
         return x.to(device, non_blocking=True)
     if isinstance(x, (tuple, list)):
-        return type(x)(recursive_todevice(item, device) for item in x)
+        items = [recursive_todevice(item, device) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x
 
 

@@ -1,8 +1,9 @@
 """What stands beside the pixels in a dataset folder: labels, dates, extra features, mean and standard deviation."""
 
 import reprlib
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from learning.safe_pickle import load_arrays
 
 Arrays = tuple[np.ndarray, np.ndarray]
 _LABELS = "{nomenclature: {parcel id: label}}"
-_DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}'
+_DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}, or {parcel id: [date, ...]}'
+_INFO = '{"nodata": number or null, "bands": [names], ...}'
 _EXTRA = "{parcel id: number or list of numbers}"
 
 
@@ -29,8 +31,16 @@ def read_nomenclatures(folder: Path) -> dict[str, dict[str, Any]]:
     return nomenclatures
 
 
-def read_nomenclature(folder: Path, name: str) -> dict[str, int]:
-    """Labels by parcel id in one nomenclature of META/labels.json."""
+def choose_nomenclature(folder: Path, asked: str | None, default: str) -> str:
+    """The nomenclature to use: the one asked for, else the default or, if the file has only one, that one."""
+    if asked is not None:
+        return asked
+    names = list(read_nomenclatures(folder))
+    return names[0] if len(names) == 1 else default
+
+
+def read_nomenclature(folder: Path, name: str) -> dict[str, int | str]:
+    """Labels by parcel id, whole numbers or text, in one nomenclature of META/labels.json."""
     path = folder / "META" / "labels.json"
     nomenclatures = read_nomenclatures(folder)
     if name not in nomenclatures:
@@ -38,30 +48,79 @@ def read_nomenclature(folder: Path, name: str) -> dict[str, int]:
             f"{path} has no nomenclature {name!r}; it has {', '.join(nomenclatures) or 'none'}: "
             "choose one with --labels."
         )
-    for parcel, code in nomenclatures[name].items():
-        if isinstance(code, bool) or not isinstance(code, int | None) or abs(code or 0) >= 2**63:
+    labels = nomenclatures[name]
+    by_kind: dict[type, str] = {}
+    for parcel, label in labels.items():
+        if label is None:
+            continue
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, int | str)
+            or (isinstance(label, int) and abs(label) >= 2**63)
+        ):
             raise UserError(
-                f"parcel {parcel} has the label {code!r} in {path}; expected a whole number, without quotes or point."
+                f"parcel {parcel} has the label {label!r} in {path}; expected a whole number, without a point, or text."
             )
-    return nomenclatures[name]
+        by_kind.setdefault(type(label), parcel)
+    if len(by_kind) > 1:
+        word, number = by_kind[str], by_kind[int]
+        raise UserError(
+            f"{path}: parcel {word} has the label {labels[word]!r} but parcel {number} has {labels[number]!r}; expected whole "
+            "numbers, without quotes, for all or text for all."
+        )
+    return labels
 
 
-def read_date_positions(folder: Path) -> list[int]:
-    """Days of the dates in META/dates.json, {"0": YYYYMMDD, ...}, since the first one."""
+def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:
+    """Days of META/dates.json, counted from year 1: one array shared by all, (T,), or one for each of the parcels."""
     path = folder / "META" / "dates.json"
     dates = read_json(path, _DATES)
-    if not isinstance(dates, dict) or set(dates) != {str(i) for i in range(len(dates))}:
+    if not isinstance(dates, dict) or not dates:
         raise UserError(f"{path} is something else; expected {_DATES}.")
-    days = []
-    for i in range(len(dates)):
-        text = str(dates[str(i)])
-        try:
-            days.append(datetime.strptime(text if len(text) == 8 else "", "%Y%m%d"))
-        except ValueError:
+    if not any(isinstance(value, list) for value in dates.values()):
+        if set(dates) != {str(i) for i in range(len(dates))}:
+            raise UserError(f"{path} is something else; expected {_DATES}.")
+        return np.array([_to_day(dates[str(i)], f"{path}: date {i}") for i in range(len(dates))])
+    days = {}
+    for parcel in parcels:
+        own = dates.get(str(parcel))
+        if not isinstance(own, list):
             raise UserError(
-                f"{path}: date {i} is {dates[str(i)]!r}; expected a day as YYYYMMDD, such as 20170131."
-            ) from None
-    return [(day - days[0]).days for day in days]
+                f"{path} has no list of dates for parcel {parcel}; expected one date for each row of its array."
+            )
+        days[parcel] = np.array(
+            [_to_day(value, f"{path}: date {i} of parcel {parcel}") for i, value in enumerate(own)], np.int64
+        )
+    return days
+
+
+def _to_day(value: Any, where: str) -> int:
+    """The day, counted from year 1, of YYYYMMDD (a number or text) or YYYY-MM-DD."""
+    text = "" if isinstance(value, bool | float) else str(value)
+    for length, form in ((8, "%Y%m%d"), (10, "%Y-%m-%d")):
+        if len(text) == length:
+            with suppress(ValueError):
+                return datetime.strptime(text, form).toordinal()
+    raise UserError(f"{where} is {value!r}; expected a day as YYYYMMDD or YYYY-MM-DD, such as 20170131.")
+
+
+def season_start_before(day: int, month_day: tuple[int, int]) -> int:
+    """The last start of a season, (month, day), that is not after a day; days are counted from year 1."""
+    first = date.fromordinal(day)
+    start = date(first.year, *month_day)
+    return (start if start <= first else date(first.year - 1, *month_day)).toordinal()
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """META/info.json: what is known of the pixels, {"nodata": ..., "bands": [...], ...}; empty without the file."""
+    path = folder / "META" / "info.json"
+    if not path.exists():
+        return {}
+    info = read_json(path, _INFO)
+    nodata = info.get("nodata") if isinstance(info, dict) else False
+    if isinstance(nodata, bool) or not isinstance(nodata, int | float | None):
+        raise UserError(f"{path} is something else; expected {_INFO}.")
+    return info
 
 
 def read_extra_features(
@@ -112,9 +171,10 @@ def _to_vector(value: Any) -> np.ndarray:
     return vector if vector.ndim == 1 and np.isfinite(vector).all() else np.empty(0)
 
 
-def check_norm(norm: Any, shape: tuple[int, int], source: str | Path = "norm") -> Arrays:
-    """Mean and standard deviation as two float64 arrays that broadcast to `shape`, (T, C)."""
-    expected = f"expected two numbers, two arrays ({shape[1]},), or two ({shape[0]}, {shape[1]}): mean, standard deviation"
+def check_norm(norm: Any, shape: tuple[int | None, int], source: str | Path = "norm") -> Arrays:
+    """Mean and standard deviation as two float64 arrays that broadcast to `shape`, (T, C), or (None, C) without dates."""
+    per_date = "" if shape[0] is None else f", or two ({shape[0]}, {shape[1]})"
+    expected = f"expected two numbers, two arrays ({shape[1]},){per_date}: mean, standard deviation"
     try:
         mean, std = (np.asarray(values, dtype=np.float64) for values in norm)
     except (TypeError, ValueError):
@@ -129,7 +189,7 @@ def check_norm(norm: Any, shape: tuple[int, int], source: str | Path = "norm") -
     return mean, std
 
 
-def read_norm(path: str | Path, shape: tuple[int, int]) -> Arrays:
+def read_norm(path: str | Path, shape: tuple[int | None, int]) -> Arrays:
     """Mean and standard deviation from a pickle of two arrays."""
     try:
         return check_norm(load_arrays(path), shape, path)

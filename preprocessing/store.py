@@ -1,7 +1,8 @@
 """The packed store: all pixels of a dataset in one memory-mapped file, checked once and read as fast as memory allows.
 
 A dataset folder has one file per parcel, (T, C, S). Training reads a random subset of the pixels of random parcels,
-so the store keeps pixels together, (pixels, T, C), in the type of the files; a batch is then one gather of rows.
+so the store keeps pixels together, (S, T, C) parcel after parcel, in the type of the files; a batch is then a gather of
+rows, a single one where all parcels have equally many dates.
 """
 
 import copy
@@ -10,6 +11,7 @@ import io
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,30 @@ from torch import Tensor
 from learning.errors import UserError
 from learning.files import write_bytes
 from learning.progress import progress_bar
+from preprocessing.moments import Moments
 
-FORMAT = 2  # part of every store's name: raise it when the layout changes
-_CHUNK = 2**24  # numbers that statistics take at a time
+FORMAT = 3  # part of every store's name: raise it when the layout changes
+_CHUNK = 2**24  # numbers copied to a device at a time
+
+
+def find_missing(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """Which pixels of values (T, C, S) are missing on which date, (T, S): NaN or `nodata` in all their channels.
+
+    None if there are none.
+
+    Raises:
+        ValueError: if a pixel is NaN in some of its channels only.
+    """
+    missing = np.zeros(values.shape, bool)
+    if values.dtype.kind == "f":
+        missing = np.isnan(values)
+        if (missing.any(1) != missing.all(1)).any():
+            date, pixel = np.argwhere(missing.any(1) != missing.all(1))[0]
+            raise ValueError(f"date {date}, pixel {pixel}")
+    if nodata is not None:
+        missing |= values == nodata
+    missing = missing.all(1)
+    return missing if missing.any() else None
 
 
 class PixelStore:
@@ -32,8 +55,12 @@ class PixelStore:
 
     Attributes:
         ids: parcel ids in increasing order, (N,) int64.
-        offsets: the pixels of parcel i are rows offsets[i]:offsets[i + 1], (N + 1,).
-        n_dates, n_channels: T and C.
+        sizes: pixels S of each parcel, (N,).
+        dates: dates T of each parcel, (N,).
+        complete: whether no pixel of a parcel is missing on any date, (N,).
+        observed: whether some pixel of a parcel is present on some date, (N,).
+        n_dates: T where all parcels have the same, else None.
+        n_channels: C.
 
     Args:
         path: folder that `open_store` wrote.
@@ -42,11 +69,18 @@ class PixelStore:
 
     def __init__(self, path: Path, in_memory: bool = False) -> None:
         self.path, self.in_memory = path, in_memory
-        index = np.load(path / "index.npz")
-        self.ids, self.offsets = index["ids"], index["offsets"]
-        pixels = np.load(path / "pixels.npy", mmap_mode=None if in_memory else "r")
-        _, self.n_dates, self.n_channels = pixels.shape
-        self._rows = pixels.reshape(len(pixels), -1)
+        with np.load(path / "index.npz", allow_pickle=False) as index:
+            self.ids, self.sizes, self.dates = index["ids"], index["sizes"], index["dates"]
+            self.complete, self.observed = index["complete"], index["observed"]
+            self.n_channels, nodata = int(index["n_channels"]), float(index["nodata"])
+        self.nodata = None if np.isnan(nodata) else nodata
+        self.n_dates = int(self.dates[0]) if (self.dates == self.dates[0]).all() else None
+        self._first = np.concatenate([[0], np.cumsum(self.sizes * self.dates * self.n_channels)])
+        self._values = np.load(path / "pixels.npy", mmap_mode=None if in_memory else "r", allow_pickle=False)
+        if self._values.shape != (self._first[-1] + max(self.dates) * self.n_channels,):
+            raise ValueError("pixels.npy does not hold what index.npz says")
+        if self.n_dates is not None:
+            self._rows = self._values.reshape(-1, self.n_dates * self.n_channels)
         self._on_device: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -54,28 +88,32 @@ class PixelStore:
         return PixelStore, (self.path, self.in_memory)
 
     @property
-    def sizes(self) -> np.ndarray:
-        """Number of pixels of each parcel, (N,)."""
-        return np.diff(self.offsets)
-
-    @property
     def first_rows(self) -> np.ndarray:
         """Row of each parcel's first pixel, (N,); for a parcel without pixels a row of zeros, the store's last."""
-        return np.where(self.sizes > 0, self.offsets[:-1], self.offsets[-1])
+        rows = np.concatenate([[0], np.cumsum(self.sizes)])
+        return np.where(self.sizes > 0, rows[:-1], rows[-1])
 
     @property
     def n_bytes(self) -> int:
         """Room that the pixels take."""
-        return self._rows.nbytes
+        return self._values.nbytes
 
     def read(self, rows: Tensor, out: Tensor) -> None:
-        """Reads the pixels at the given rows into `out`, (len(rows), T * C), of any floating type."""
+        """Reads the pixels at the given rows into `out`, (len(rows), T * C), of any floating type.
+
+        For stores whose parcels have equally many dates; rows count the pixels of all parcels.
+        """
         if self._on_device is None:
             out.copy_(torch.from_numpy(self._rows.take(rows.numpy(), axis=0)))
         elif self._rows.dtype == np.uint16:
             out.copy_(self._on_device.index_select(0, rows).int().bitwise_and_(0xFFFF))
         else:
             out.copy_(self._on_device.index_select(0, rows))
+
+    def parcel(self, place: int) -> np.ndarray:
+        """The pixels of the parcel at a place in `ids`, (S, T, C), in the type of the files."""
+        values = self._values[self._first[place] : self._first[place + 1]]
+        return values.reshape(self.sizes[place], self.dates[place], self.n_channels)
 
     def to(self, device: torch.device) -> "PixelStore":
         """The same store with its pixels in the memory of a device, where `read` then works."""
@@ -94,42 +132,45 @@ class PixelStore:
             view._on_device[start : start + step] = torch.from_numpy(np.array(rows[start : start + step]))
         return view
 
-    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation over all pixels per date and channel, two (T, C) float32 arrays.
+    def statistics(self, per: str) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation over all pixels that are present, float32; kept beside the pixels.
 
-        Computed in one pass with float64 sums about the first pixels' mean, and kept beside the pixels.
+        Args:
+            per: "date", for two (T, C) where all parcels have equally many dates, or "channel" for two (C,).
         """
-        cached = self.path / "statistics.npz"
+        cached = self.path / f"statistics-{per}.npz"
         if not cached.exists():
-            n, step = int(self.offsets[-1]), max(1, _CHUNK // self._rows.shape[1])
-            centre = self._rows[: min(step, n)].mean(0, dtype=np.float64)
-            total, squares = np.zeros_like(centre), np.zeros_like(centre)
-            for start in progress_bar(range(0, n, step), "mean and standard deviation", "chunks"):
-                deviation = self._rows[start : min(start + step, n)] - centre
-                total += deviation.sum(0)
-                squares += np.einsum("ij,ij->j", deviation, deviation)
-            variance = np.maximum(squares / n - (total / n) ** 2, 0)
-            shape = self.n_dates, self.n_channels
-            mean = (centre + total / n).reshape(shape).astype(np.float32)
-            std = np.sqrt(variance).reshape(shape).astype(np.float32)
+            moments = Moments(per)
+            for i in progress_bar(range(len(self.ids)), "mean and standard deviation", "parcels"):
+                values = self.parcel(i).transpose(1, 2, 0)
+                missing = None if self.complete[i] else find_missing(values, self.nodata)
+                present = np.ones((len(values), values.shape[2]), bool) if missing is None else ~missing
+                moments.add(values, present)
+            mean, std = moments.result()
             buffer = io.BytesIO()
             np.savez(buffer, mean=mean, std=std)
             with suppress(OSError):  # the folder of somebody else may be read, not written
                 write_bytes(cached, buffer.getvalue())
             return mean, std
-        with np.load(cached) as arrays:
+        with np.load(cached, allow_pickle=False) as arrays:
             return arrays["mean"], arrays["std"]
 
 
 def open_store(
-    folder: str | Path, cache_dir: str | Path | None = None, in_memory: bool = False
+    folder: str | Path,
+    cache_dir: str | Path | None = None,
+    in_memory: bool = False,
+    nodata: float | None = None,
+    n_dates: int | Mapping[int, int] | None = None,
 ) -> PixelStore:
     """Opens the store of a dataset folder, packing the folder first if there is none or the folder has changed.
 
     Args:
-        folder: dataset folder, with one DATA/<id>.npy of shape (T, C, S) per parcel.
+        folder: dataset folder, with one DATA/<id>.npy of shape (T, C, S), or (T, C), per parcel.
         cache_dir: where to keep the store; beside DATA if not given.
         in_memory: whether to read all pixels into memory.
+        nodata: value that, in all channels of a pixel, says that it is missing on a date, as NaN does.
+        n_dates: dates that each parcel must have, for all or by id; None to ask for no number.
 
     Raises:
         UserError: if the folder or one of its files is not as expected, or the store cannot be written.
@@ -140,26 +181,33 @@ def open_store(
     if cache_dir is not None:  # several datasets may share it
         whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         parent = Path(cache_dir) / f"{folder.resolve().name}-{whose}"
-    path = parent / f"PACKED-{_fingerprint(files)}"
+    path = parent / f"PACKED-{_fingerprint(files, nodata)}"
     if not path.exists():
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with FileLock(parent / ".PACKED.lock"):  # one process packs, others wait for it
                 if not path.exists():
-                    _pack(folder, files, path)
+                    _pack(folder, files, path, nodata, n_dates)
         except OSError as error:
             raise UserError(
                 f"the packed copy of {folder} cannot be written in {parent} ({error.strerror or error}); "
                 "make room there or choose another folder with --cache_dir."
             ) from error
     try:
-        return PixelStore(path, in_memory)
+        store = PixelStore(path, in_memory)
     except MemoryError:
         raise UserError(f"the pixels of {folder} do not fit into memory; leave --preload out.") from None
     except Exception as error:  # damaged bytes can fail in any way
         raise UserError(
             f"the packed copy {path} is damaged ({error}); remove it, it is made again from the files of DATA."
         ) from error
+    _check_dates(folder, store.ids, store.dates, n_dates)
+    return store
+
+
+def list_parcels(folder: Path) -> list[int]:
+    """Ids of the parcels of a dataset folder, in increasing order."""
+    return list(_list_files(folder))
 
 
 def check_folder(folder: Path) -> None:
@@ -192,15 +240,21 @@ def _list_files(folder: Path) -> dict[int, os.stat_result]:
     return dict(sorted(files.items()))
 
 
-def _fingerprint(files: dict[int, os.stat_result]) -> str:
-    """Changes whenever a file of DATA is added, removed or written."""
-    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
+def _fingerprint(files: dict[int, os.stat_result], nodata: float | None) -> str:
+    """Changes whenever a file of DATA is added, removed or written, or other values mean missing ones."""
+    digest = hashlib.sha256(f"format {FORMAT}, missing {nodata}\n".encode())
     for parcel, stat in files.items():
         digest.update(f"{parcel} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def _pack(folder: Path, files: dict[int, os.stat_result], path: Path) -> None:
+def _pack(
+    folder: Path,
+    files: dict[int, os.stat_result],
+    path: Path,
+    nodata: float | None,
+    n_dates: int | Mapping[int, int] | None,
+) -> None:
     """Checks every file and writes the store under a temporary name, renamed once complete."""
     for leftover in path.parent.glob(".PACKED-*"):  # of a packing that was killed; nobody else packs here now
         shutil.rmtree(leftover)
@@ -208,33 +262,51 @@ def _pack(folder: Path, files: dict[int, os.stat_result], path: Path) -> None:
     headers = {
         parcel: _read_header(name) for parcel, name in progress_bar(names.items(), "checking files", "files")
     }
-    T, C, _ = next(iter(headers.values()))[0]
-    for parcel, (shape, _) in headers.items():
-        if shape[:2] != (T, C):
-            raise UserError(
-                f"{names[parcel]} has {shape[0]} dates x {shape[1]} channels, but {next(iter(names.values()))} has "
-                f"{T} x {C}; all parcels of a dataset must agree."
-            )
     dtype = np.result_type(*{dtype for _, dtype in headers.values()}).newbyteorder("=")
-    offsets = np.cumsum([0] + [shape[2] for shape, _ in headers.values()])
-    if offsets[-1] == 0:
+    dates, channels, sizes = np.array([shape for shape, _ in headers.values()], np.int64).T
+    if (channels != channels[0]).any():
+        parcels = list(names)
+        other = parcels[int(np.argmax(channels != channels[0]))]
+        raise UserError(
+            f"{names[other]} has {headers[other][0][1]} channels, but {names[parcels[0]]} has {channels[0]}; all parcels "
+            "of a dataset must agree."
+        )
+    _check_dates(folder, np.fromiter(names, np.int64), dates, n_dates)
+    first = np.concatenate([[0], np.cumsum(dates * channels * sizes)])
+    if first[-1] == 0:
         raise UserError(f"no file in {folder / 'DATA'} contains a pixel.")
-    needed = int(offsets[-1]) * T * C * dtype.itemsize
+    needed = int(first[-1]) * dtype.itemsize
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
             f"packing {folder} needs {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free; "
             "make room there or choose another folder with --cache_dir."
         )
+    complete, observed = np.ones(len(names), bool), sizes > 0
     temporary = Path(tempfile.mkdtemp(prefix=".PACKED-", dir=path.parent))
     try:
-        shape = (int(offsets[-1]) + 1, T, C)  # the last one stays 0, see `first_rows`
+        # A last pixel stays 0, see `first_rows`.
+        shape = (int(first[-1]) + int(dates.max()) * int(channels[0]),)
         pixels = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=dtype, shape=shape)
         for i, (parcel, name) in enumerate(progress_bar(names.items(), "packing files", "files")):
             values = _read_values(name, headers[parcel])
-            pixels[offsets[i] : offsets[i + 1]] = values.transpose(2, 0, 1)
+            pixels[first[i] : first[i + 1]] = values.transpose(2, 0, 1).reshape(-1)
+            missing = _check_values(name, values, nodata)
+            if missing is not None:
+                complete[i], observed[i] = False, not missing.all()
+        if not observed.any():
+            raise UserError(f"no pixel of {folder} is present on any date; {_meaning(nodata)}.")
         pixels.flush()
-        np.savez(temporary / "index.npz", ids=np.fromiter(names, np.int64), offsets=offsets)
+        np.savez(
+            temporary / "index.npz",
+            ids=np.fromiter(names, np.int64),
+            sizes=sizes,
+            dates=dates,
+            complete=complete,
+            observed=observed,
+            n_channels=channels[0],
+            nodata=np.nan if nodata is None else nodata,
+        )
         temporary.chmod(0o755)
         temporary.rename(path)
     except BaseException:
@@ -242,6 +314,27 @@ def _pack(folder: Path, files: dict[int, os.stat_result], path: Path) -> None:
         raise
     for outdated in set(path.parent.glob("PACKED-*")) - {path}:
         shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _check_dates(
+    folder: Path, ids: np.ndarray, found: np.ndarray, n_dates: int | Mapping[int, int] | None
+) -> None:
+    """Raises a UserError unless every parcel has as many dates as `n_dates` says."""
+    if n_dates is None:
+        return
+    expected = np.array([n_dates[i] for i in ids.tolist()]) if isinstance(n_dates, Mapping) else n_dates
+    if (wrong := found != expected).any():
+        i = int(np.argmax(wrong))
+        listed = f"{expected[i]} dates for it" if isinstance(n_dates, Mapping) else f"{n_dates} dates"
+        raise UserError(
+            f"{folder / 'DATA' / f'{ids[i]}.npy'} has {found[i]} dates, but {folder / 'META' / 'dates.json'} lists {listed}; "
+            "they must agree."
+        )
+
+
+def _meaning(nodata: float | None) -> str:
+    """What counts as missing."""
+    return "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
 
 
 Header = tuple[tuple[int, int, int], np.dtype]
@@ -267,14 +360,16 @@ def _read_header(name: Path) -> Header:
         raise UserError(
             f"{name} holds values of type {dtype}; expected numbers, integers or floats of at most 64 bits."
         )
-    if len(shape) != 3 or 0 in shape[:2]:
-        raise UserError(f"{name} has shape {shape}; expected three axes: dates, channels, pixels.")
+    if len(shape) not in (2, 3) or 0 in shape[:2]:
+        raise UserError(
+            f"{name} has shape {shape}; expected three axes: dates, channels, pixels (or two, for a single pixel)."
+        )
     expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if present < expected:
         raise UserError(
             f"{name} is truncated: expected {expected} bytes of values, found {present}; copy it again."
         )
-    return shape, dtype
+    return (*shape, 1)[:3], dtype
 
 
 def _read_values(name: Path, header: Header) -> np.ndarray:
@@ -283,17 +378,30 @@ def _read_values(name: Path, header: Header) -> np.ndarray:
         values = np.load(name, allow_pickle=False)
     except (OSError, ValueError):
         values = None
-    if values is None or (values.shape, values.dtype) != header:
+    if values is None or ((*values.shape, 1)[:3], values.dtype) != header:
         raise UserError(
             f"{name} changed or vanished while it was read; start again once the dataset is complete."
         )
+    return values.reshape(header[0])
+
+
+def _check_values(name: Path, values: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """`find_missing`, after a look for values that no model can compute with."""
     if values.dtype.kind == "f":
         with np.errstate(over="ignore"):
-            finite = np.isfinite(values.astype(np.float32, copy=False))  # what the models compute with
-        if not finite.all():
-            date, channel, _ = np.argwhere(~finite)[0]
+            infinite = np.isinf(values.astype(np.float32, copy=False))  # what the models compute with
+        if nodata is not None:
+            infinite &= values != nodata
+        if infinite.any():
+            date, channel, _ = np.argwhere(infinite)[0]
             raise UserError(
-                f"{name} contains NaN, infinity or a number beyond 3e38 (first at date {date}, channel {channel}); "
-                "fill the gap or leave the parcel out."
+                f"{name} contains infinity or a number beyond 3e38 (first at date {date}, channel {channel}); write NaN "
+                "in all channels of a pixel that is missing on a date."
             )
-    return values
+    try:
+        return find_missing(values, nodata)
+    except ValueError as error:
+        raise UserError(
+            f"{name} has a pixel that is NaN in some of its channels only ({error}); write NaN in all channels of a "
+            "pixel that is missing on a date, or leave the channel out."
+        ) from error

@@ -193,15 +193,19 @@ FOLDERS = {
     "words": (array(np.full((5, 4, 3), "a")), ["5.npy holds values of type <U1"]),
     "complex": (array(np.ones((5, 4, 3), complex)), ["5.npy holds values of type complex128"]),
     "long doubles": (array(np.ones((5, 4, 3), np.longdouble)), ["5.npy holds values of type"]),
-    "other T": (array(ones(6, 4, 3)), ["5.npy has 6 dates x 4 channels", "1.npy has 5 x 4"]),
-    "other C": (array(ones(5, 3, 3)), ["5.npy has 5 dates x 3 channels", "1.npy has 5 x 4"]),
-    "two axes": (array(ones(5, 4)), ["5.npy has shape (5, 4)", "dates, channels, pixels"]),
+    "other T": (array(ones(6, 4, 3)), ["5.npy has 6 dates", "dates.json lists 5 dates", "must agree"]),
+    "other C": (array(ones(5, 3, 3)), ["5.npy has 3 channels", "1.npy has 4"]),
+    "one axis": (array(ones(5)), ["5.npy has shape (5,)", "dates, channels, pixels"]),
+    "two axes": (array(ones(4, 5)), ["5.npy has 5 channels", "1.npy has 4"]),
     "four axes": (array(ones(5, 4, 3, 1)), ["5.npy has shape (5, 4, 3, 1)"]),
     "no date": (every_array(0, 4, 3), ["has shape (0, 4, 3)"]),
     "no channel": (every_array(5, 0, 3), ["has shape (5, 0, 3)"]),
     "no pixel at all": (every_array(5, 4, 0), ["no file", "contains a pixel"]),
-    "NaN": (array(one_value(np.nan)), ["5.npy contains NaN", "date 2, channel 1"]),
-    "infinity": (array(one_value(-np.inf)), ["5.npy contains NaN, infinity", "date 2, channel 1"]),
+    "NaN": (
+        array(one_value(np.nan)),
+        ["5.npy has a pixel that is NaN in some", "date 2", "NaN in all channels"],
+    ),
+    "infinity": (array(one_value(-np.inf)), ["5.npy contains infinity", "date 2, channel 1"]),
     "beyond float32": (array(one_value(1e300, np.float64)), ["5.npy contains", "date 2, channel 1"]),
     "a name": (array(ones(5, 4, 3), "parcel_1"), ["parcel_1.npy", "whole number"]),
     "a copy": (array(ones(5, 4, 3), "5 (1)"), ["5 (1).npy", "whole number"]),
@@ -230,7 +234,7 @@ FOLDERS = {
         ["parcel 5 has no label", "labels.json"],
     ),
     "label null": (label(None), ["parcel 5 has no label"]),
-    "label a word": (label("wheat"), ["parcel 5 has the label 'wheat'", "whole number"]),
+    "label a word": (label("wheat"), ["parcel 5 has the label 'wheat'", "parcel 1 has 1", "text for all"]),
     "label quoted": (label("3"), ["parcel 5 has the label '3'", "without quotes"]),
     "label with a point": (label(3.0), ["parcel 5 has the label 3.0", "whole number"]),
     "label a list": (label([1]), ["parcel 5 has the label [1]", "whole number"]),
@@ -242,15 +246,18 @@ FOLDERS = {
     ),
     # dates
     "no dates": (remove("META/dates.json"), ["dates.json", "No such file", '{"0": YYYYMMDD']),
-    "too few dates": (edit("dates", lambda c: c.pop("4") and None), ["dates.json lists 4 dates", "have 5"]),
-    "too many dates": (date("5", 20180101), ["dates.json lists 6 dates", "have 5"]),
+    "too few dates": (
+        edit("dates", lambda c: c.pop("4") and None),
+        ["1.npy has 5 dates", "dates.json lists 4 dates"],
+    ),
+    "too many dates": (date("5", 20180101), ["1.npy has 5 dates", "dates.json lists 6 dates"]),
     "dates a list": (edit("dates", lambda c: list(c.values())), ["dates.json", '{"0": YYYYMMDD']),
     "dates from 1": (
         edit("dates", lambda content: {str(int(key) + 1): day for key, day in content.items()}),
         ["dates.json", '{"0": YYYYMMDD'],
     ),
     "month 13": (date("2", 20171301), ["dates.json: date 2 is 20171301", "YYYYMMDD"]),
-    "date with dashes": (date("2", "2017-03-01"), ["dates.json: date 2 is '2017-03-01'", "YYYYMMDD"]),
+    "date with slashes": (date("2", "2017/03/01"), ["dates.json: date 2 is '2017/03/01'", "YYYYMMDD"]),
     "date of seven digits": (date("2", 2017113), ["dates.json: date 2 is 2017113", "YYYYMMDD"]),
     "date null": (date("2", None), ["dates.json: date 2 is None"]),
     # extra features
@@ -589,14 +596,14 @@ NUMBERS = [
     "n_head",
     "d_k",
     "T",
-    "lms",
     "num_classes",
     "n_extra",
+    "grid_days",
     "npixel",
     "rdm_seed",
     "hidden_dim",
 ]
-LISTS = ["mlp1", "mlp2", "mlp3", "mlp4", "nker", "sub_classes", "date_positions"]
+LISTS = ["mlp1", "mlp2", "mlp3", "mlp4", "nker", "sub_classes"]
 OTHERS = {
     "pooling": [5, None, ["mean"]],
     "positions": ["x", 5, None],
@@ -609,6 +616,11 @@ WRONG += [(name, value) for name in LISTS for value in ("abc", None, 5, {}, [1, 
 WRONG += [(name, value) for name, values in OTHERS.items() for value in values]
 WRONG += [("d_model", value) for value in ("abc", -1, 1.5, [])]
 WRONG += [("dropout", value) for value in ("abc", None, -1, 1.5, [])]
+WRONG += [("lms", value) for value in ("abc", -1, 1.5, [], True)]
+WRONG += [
+    (name, value) for name in ("date_positions", "grid") for value in ("abc", 5, {}, [1, "a"], [None], [1.5])
+]
+WRONG += [("season_start", value) for value in ("10-01", 5, [1], [1, 2, 3])]
 WRONG += [("labels", value) for value in (5, ["a"], {})]
 
 
