@@ -33,9 +33,9 @@ from preprocessing.metadata import (
     read_norm,
     season_start_before,
 )
+from preprocessing.moments import NORM, PUBLISHED_NORM
 from preprocessing.store import check_folder, find_missing, list_parcels, open_store
 
-STATISTICS_FILES = ("S2-2017-T31TFM-meanstd.pkl", "normalisation_values.pkl")
 PARCELS_PER_PART = 8  # a batch is prepared in parts that stay in the cache
 UNKNOWN = -1  # target of a parcel without a label among the classes
 
@@ -335,44 +335,47 @@ class PixelSetData(Dataset):
         keys = parcel_keys(stream_key("dates", *draw), self._ids[items])
         left_out = (uniform_values(keys, L) < self.temporal_dropout).numpy()
         moved = (uniform_values(keys + 1, 1) * (2 * self.temporal_shift + 1)).long() - self.temporal_shift
-        x, mask, days = torch.zeros(B, S, L, C), torch.zeros(B, L, S), torch.zeros(B, L)
+        x, mask, days = torch.empty(B, S, L * C), torch.zeros(B, L, S), torch.zeros(B, L)
+        scale, shift = None, None
+        if self.norm is not None:  # for every date, in one row
+            repeats = 1 if self.date_positions is not None else self.n_dates
+            scale, shift = (values.repeat(repeats, 1).view(-1) for values in (self._scale, self._shift))
+
+        def write(i: int, size: int) -> int:
+            """Writes a parcel's dates that are present, in order, and returns their number."""
+            place, (own_days, rows) = self._places[items[i]], self.calendar(int(items[i]))
+            T, width = len(rows), len(rows) * C
+            raw = self.store.parcel(place).reshape(-1, width).take(chosen[i].numpy(), axis=0)
+            missing, there = None, np.ones(T, bool)
+            if not self.store.complete[place]:
+                missing = _fill_missing(raw.reshape(S, T, C), self.store.nodata)[:size, rows]
+                there = ~missing.all(0)
+                if not there.any():
+                    return 0
+            kept = there & ~left_out[i, :T]
+            if not kept.any():  # one is left in any case
+                kept[np.argmax(there)] = True
+            n, rows = int(kept.sum()), torch.from_numpy(rows[kept])
+            in_place = n == T and not _is_unordered(rows)
+            values = x[i, :, :width] if in_place else torch.empty(S, width)
+            values.copy_(torch.from_numpy(raw))
+            if scale is not None:
+                torch.addcmul(shift[:width], values, scale[:width], out=values)
+            if places is not None:
+                add_noise(values, places[i], self._noise)
+            if not in_place:
+                x[i].view(S, L, C)[:, :n] = values.view(S, T, C)[:, rows]
+            mask[i, :n, :size] = 1 if missing is None else torch.from_numpy(~missing[:, kept].T).float()
+            days[i, :n] = torch.from_numpy(own_days[kept]) + moved[i]
+            return n
 
         def fill(i: int) -> None:
-            """Writes a parcel's dates that are present, in order."""
-            size, item = int(sizes[i]), int(items[i])
-            if not size:
-                return
-            place, (own_days, rows) = self._places[item], self.calendar(item)
-            raw = self.store.parcel(place)[chosen[i].numpy()]  # (S, T, C)
-            values = torch.from_numpy(raw).float()
-            present = np.broadcast_to(np.arange(S) < size, (len(rows), S))
-            if not self.store.complete[place]:
-                missing = find_missing(raw.transpose(1, 2, 0), self.store.nodata)
-                if missing is not None:
-                    # As where a set is filled up, a copy stands for what is not there.
-                    copies = torch.from_numpy((~missing).argmax(1))
-                    copies = values[copies, torch.arange(len(rows))].expand_as(values)
-                    values = torch.where(
-                        torch.from_numpy(missing.T).unsqueeze(2), copies, values
-                    ).contiguous()
-                    present = present & ~missing
-            if self.norm is not None:
-                values = torch.addcmul(self._shift, values, self._scale)
-            if places is not None:
-                add_noise(values.view(S, -1), places[i], self._noise)
-            there = present.any(1)[rows]
-            if there.any():
-                kept = there & ~left_out[i, : len(rows)]
-                if not kept.any():  # one is left in any case
-                    kept[np.argmax(there)] = True
-                n, whole = int(kept.sum()), kept.all() and not _is_unordered(rows)
-                x[i, :, :n] = values if whole else values[:, torch.from_numpy(rows[kept])]
-                mask[i, :n] = torch.from_numpy(present[rows[kept]])
-                days[i, :n] = torch.from_numpy(own_days[kept]) + moved[i]
+            n = write(i, int(sizes[i])) if sizes[i] else 0
+            x[i, :, n * C :] = 0
 
         share(B, lambda: fill)
         extra = None if self.extra is None else self.extra[items].unsqueeze(1).expand(-1, L, -1)
-        return Series(x.permute(0, 2, 3, 1), mask, extra, days)
+        return Series(x.view(B, S, L, C).permute(0, 2, 3, 1), mask, extra, days)
 
     def mean_series(self, item: int) -> np.ndarray:
         """Mean over all pixels of one parcel that are present, not normalised, (T, C) in the order of dates.
@@ -388,6 +391,21 @@ class PixelSetData(Dataset):
             total = np.where(missing.T[:, :, None], 0, pixels).sum(0)
             return np.where(n > 0, total / np.maximum(n, 1), np.nan)
         return pixels.mean(0)
+
+
+def _fill_missing(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Which pixels (S, T, C) are missing on which date, (S, T): NaN or `nodata` in all their channels.
+
+    As where a set is filled up, a copy of one that is present is put in the place of each.
+    """
+    missing = np.isnan(pixels[:, :, 0])  # the first channel tells of most that they are not
+    if nodata is not None:
+        missing |= pixels[:, :, 0] == nodata
+        suspects = pixels[missing]
+        missing[missing] = (np.isnan(suspects) | (suspects == nodata)).all(1)
+    pixel, date = np.nonzero(missing)
+    pixels[pixel, date] = pixels[(~missing).argmax(0)[date], date]
+    return missing
 
 
 def _is_unordered(rows: np.ndarray) -> bool:
@@ -496,7 +514,7 @@ def find_norm(dataset: PixelSetData, path: str | Path | None = None) -> tuple[Ar
     From `path` if given, else from the dataset folder, else computed: per date and channel, or per channel for a
     varying dataset, so that they serve other dates.
     """
-    candidates = [dataset.folder / name for name in STATISTICS_FILES] if path is None else [Path(path)]
+    candidates = [dataset.folder / name for name in (PUBLISHED_NORM, NORM)] if path is None else [Path(path)]
     for candidate in candidates:
         if path is not None or candidate.exists():
             norm = read_norm(candidate, dataset.norm_shape)

@@ -129,7 +129,7 @@ def main() -> None:
     if args.export:
         if is_main():
             typed, preset = typed_architecture(args), read_preset(args.preset)
-        print(export_run(Path(args.export), Path(args.weight_dir), args.fold, typed, preset))
+            print(export_run(Path(args.export), Path(args.weight_dir), args.fold, typed, preset))
         return
     output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
     run = read_run(Path(args.weight_dir))

@@ -21,4 +21,4 @@ def read_class_names(folder: Path, nomenclature: str | None) -> dict[str, str]:
     names = content.get(nomenclature, {}) if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{path} is something else; expected {_CLASSES}, names in quotes.")
-    return names
+    return {label: name for label, name in names.items() if name != label}  # what names itself needs no name

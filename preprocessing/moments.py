@@ -24,8 +24,9 @@ class Moments:
         self.axes = AXES[per]
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares of deviations from the mean
 
-    def add(self, values: np.ndarray, present: np.ndarray) -> None:
-        """Adds values (T, C, S); of pixels that are not `present`, (T, S), no channel counts."""
+    def add(self, values: np.ndarray, missing: np.ndarray | None = None) -> None:
+        """Adds values (T, C, S); of pixels that are `missing`, (T, S), no channel counts."""
+        present = np.ones((len(values), values.shape[2]), bool) if missing is None else ~missing
         for start in range(0, values.shape[2], _MOST_PIXELS):
             part = slice(start, start + _MOST_PIXELS)
             self._add(values[:, :, part].astype(np.float64), present[:, None, part])

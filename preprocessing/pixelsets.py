@@ -137,12 +137,12 @@ def write_dataset(
                 parcel = layout.parcels[i]
                 if len(dates[ids[parcel]]) < len(values):
                     values = values[np.isin(layout.grid.dates, dates[ids[parcel]])]
-                seen = ~is_missing(values, reading.fill)
+                missing = is_missing(values, reading.fill)
                 bar.update()
-                if not seen.any():
+                if missing.all():
                     left_out.append((parcel_name(table, parcel), "missing or under clouds on all dates"))
                     continue
-                moments.add(values, seen)
+                moments.add(values, missing)
                 np.save(folder / "DATA" / f"{ids[parcel]}.npy", values)
                 sizes[ids[parcel]], geometry[ids[parcel]] = values.shape[2], described[i]
     if not sizes:

@@ -19,7 +19,7 @@ from learning.progress import progress_bar
 from preprocessing.metadata import read_info
 from preprocessing.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
 from preprocessing.parcels import read_outlines
-from preprocessing.store import check_folder
+from preprocessing.store import check_folder, find_missing
 
 Shapes = dict[Path, tuple[int, int, int]]
 
@@ -64,14 +64,13 @@ def scan(shapes: Shapes, per: str | None, nodata: float | None) -> tuple[np.ndar
     moments = Moments(per or ("date" if len(dates) == 1 else "channel"))
     for path in progress_bar(shapes, "mean and standard deviation", "parcels"):
         values = _open(path)
-        missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(values.shape, bool)
-        if (missing.any(1) & ~missing.all(1)).any():
+        try:
+            missing = find_missing(values, nodata)
+        except ValueError as error:
             raise UserError(
-                f"{path} has a pixel that is NaN in some channels only; expected NaN in all or none."
-            )
-        if nodata is not None:
-            missing |= values == nodata
-        moments.add(values, ~missing.all(1))
+                f"{path} has a pixel that is NaN in some channels only ({error}); expected NaN in all or none."
+            ) from error
+        moments.add(values, missing)
     return moments.result()
 
 

@@ -74,11 +74,13 @@ class PixelStore:
             self.complete, self.observed = index["complete"], index["observed"]
             self.n_channels, nodata = int(index["n_channels"]), float(index["nodata"])
         self.nodata = None if np.isnan(nodata) else nodata
+        self._check_index()
         self.n_dates = int(self.dates[0]) if (self.dates == self.dates[0]).all() else None
         self._first = np.concatenate([[0], np.cumsum(self.sizes * self.dates * self.n_channels)])
         self._values = np.load(path / "pixels.npy", mmap_mode=None if in_memory else "r", allow_pickle=False)
         if self._values.shape != (self._first[-1] + max(self.dates) * self.n_channels,):
             raise ValueError("pixels.npy does not hold what index.npz says")
+        self._state = _file_state(path / "pixels.npy")
         if self.n_dates is not None:
             self._rows = self._values.reshape(-1, self.n_dates * self.n_channels)
         self._on_device: Tensor | None = None
@@ -86,6 +88,28 @@ class PixelStore:
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that does not fork opens the file; a copy of its content would be sent to it otherwise.
         return PixelStore, (self.path, self.in_memory)
+
+    def _check_index(self) -> None:
+        """Raises a ValueError if the index is damaged."""
+        columns = self.ids, self.sizes, self.dates, self.complete, self.observed
+        kinds = [getattr(values, "dtype", np.dtype("O")).kind for values in columns]
+        if kinds != ["i", "i", "i", "b", "b"] or {values.shape for values in columns} != {(len(self.ids),)}:
+            raise ValueError("index.npz does not hold five columns of numbers")
+        if (
+            (np.diff(self.ids) <= 0).any()
+            or (self.ids < 0).any()
+            or (self.sizes < 0).any()
+            or (self.dates < 1).any()
+        ):
+            raise ValueError("index.npz holds impossible numbers")
+
+    def check_unchanged(self) -> None:
+        """Raises a UserError if the file was changed or removed after it was opened; see `_file_state`."""
+        if not self.in_memory and _file_state(self.path / "pixels.npy") != self._state:
+            raise UserError(
+                f"{self.path / 'pixels.npy'} was changed or removed while it was read; leave the dataset folder alone "
+                "and start again, training with --resume."
+            )
 
     @property
     def first_rows(self) -> np.ndarray:
@@ -112,7 +136,7 @@ class PixelStore:
 
     def parcel(self, place: int) -> np.ndarray:
         """The pixels of the parcel at a place in `ids`, (S, T, C), in the type of the files."""
-        values = self._values[self._first[place] : self._first[place + 1]]
+        values = np.asarray(self._values)[self._first[place] : self._first[place + 1]]  # a plain array: less overhead
         return values.reshape(self.sizes[place], self.dates[place], self.n_channels)
 
     def to(self, device: torch.device) -> "PixelStore":
@@ -143,9 +167,7 @@ class PixelStore:
             moments = Moments(per)
             for i in progress_bar(range(len(self.ids)), "mean and standard deviation", "parcels"):
                 values = self.parcel(i).transpose(1, 2, 0)
-                missing = None if self.complete[i] else find_missing(values, self.nodata)
-                present = np.ones((len(values), values.shape[2]), bool) if missing is None else ~missing
-                moments.add(values, present)
+                moments.add(values, None if self.complete[i] else find_missing(values, self.nodata))
             mean, std = moments.result()
             buffer = io.BytesIO()
             np.savez(buffer, mean=mean, std=std)
@@ -203,6 +225,15 @@ def open_store(
         ) from error
     _check_dates(folder, store.ids, store.dates, n_dates)
     return store
+
+
+def _file_state(path: Path) -> tuple[int, ...] | None:
+    """What changes with a file; reading a memory-mapped one that became shorter would end the process at once."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def list_parcels(folder: Path) -> list[int]:
@@ -288,6 +319,7 @@ def _pack(
         # A last pixel stays 0, see `first_rows`.
         shape = (int(first[-1]) + int(dates.max()) * int(channels[0]),)
         pixels = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=dtype, shape=shape)
+        _reserve(temporary / "pixels.npy")
         for i, (parcel, name) in enumerate(progress_bar(names.items(), "packing files", "files")):
             values = _read_values(name, headers[parcel])
             pixels[first[i] : first[i + 1]] = values.transpose(2, 0, 1).reshape(-1)
@@ -335,6 +367,13 @@ def _check_dates(
 def _meaning(nodata: float | None) -> str:
     """What counts as missing."""
     return "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
+
+
+def _reserve(path: Path) -> None:
+    """Takes all the room of a file now: without any left, writing to a memory-mapped one would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
 
 Header = tuple[tuple[int, int, int], np.dtype]
