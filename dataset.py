@@ -195,14 +195,26 @@ class PixelSetData(Dataset):
         """Largest shape that mean and standard deviation can have: (T, C), or (None, C) where dates are not shared."""
         return None if self.date_positions is None else self.n_dates, self.n_channels
 
-    def set_norm(self, norm: Arrays | Sequence[float] | None) -> None:
-        """Normalises with another mean and standard deviation; see `norm`."""
+    def set_norm(self, norm: Arrays | Sequence[float] | None, in_order: bool = False) -> None:
+        """Normalises with another mean and standard deviation; see `norm`.
+
+        Rows of (T, C) arrays are those of the files, or with `in_order` those of the dates in order, as in
+        `self.norm`; this differs only where META/dates.json lists shared dates out of order.
+        """
         self.norm = None if norm is None else check_norm(norm, self.norm_shape)
-        if self.norm is not None:
-            shape = self.norm_shape if self.date_positions is not None else (1, self.n_channels)
-            mean, std = (np.broadcast_to(values, shape) for values in self.norm)
-            self._scale = torch.from_numpy(1 / std).float()
-            self._shift = torch.from_numpy(-mean / std).float()
+        if self.norm is None:
+            return
+        shared = self.date_positions is not None
+        if shared:
+            order = self._calendar[1]
+            by_file = order.argsort() if in_order else np.arange(len(order))
+            rows = [values[by_file] if values.shape == self.norm_shape else values for values in self.norm]
+            self.norm = tuple(values[order] if values.shape == self.norm_shape else values for values in rows)
+        else:
+            rows = self.norm
+        mean, std = (np.broadcast_to(x, self.norm_shape if shared else (1, self.n_channels)) for x in rows)
+        self._scale = torch.from_numpy(1 / std).float()
+        self._shift = torch.from_numpy(-mean / std).float()
 
     def fits_on(self, device: torch.device) -> bool:
         """Whether the pixels take at most half of the memory that is free on a CUDA device, and can be used there."""
@@ -331,21 +343,23 @@ class PixelSetData(Dataset):
         """The data of a batch whose parcels have dates of their own."""
         sizes, chosen, places = self._pixels(items, draw)
         B, S, C = len(items), self.npixel, self.n_channels
-        L = int(self.store.dates[self._places[items]].max())
+        numbers, pixels = items.tolist(), chosen.numpy()
+        parcels = self._places[numbers]
+        L = int(self.store.dates[parcels].max())
         keys = parcel_keys(stream_key("dates", *draw), self._ids[items])
         left_out = (uniform_values(keys, L) < self.temporal_dropout).numpy()
         moved = (uniform_values(keys + 1, 1) * (2 * self.temporal_shift + 1)).long() - self.temporal_shift
         x, mask, days = torch.empty(B, S, L * C), torch.zeros(B, L, S), torch.zeros(B, L)
         scale, shift = None, None
-        if self.norm is not None:  # for every date, in one row
-            repeats = 1 if self.date_positions is not None else self.n_dates
-            scale, shift = (values.repeat(repeats, 1).view(-1) for values in (self._scale, self._shift))
+        if self.norm is not None:
+            shape = self.n_dates, C
+            scale, shift = self._scale.expand(shape), self._shift.expand(shape)
 
-        def write(i: int, size: int) -> int:
+        def write(i: int) -> int:
             """Writes a parcel's dates that are present, in order, and returns their number."""
-            place, (own_days, rows) = self._places[items[i]], self.calendar(int(items[i]))
-            T, width = len(rows), len(rows) * C
-            raw = self.store.parcel(place).reshape(-1, width).take(chosen[i].numpy(), axis=0)
+            place, (own_days, rows) = parcels[i], self.calendar(numbers[i])
+            size, T, width = int(sizes[i]), len(rows), len(rows) * C
+            raw = self.store.parcel(place).reshape(-1, width).take(pixels[i], axis=0)
             missing, there = None, np.ones(T, bool)
             if not self.store.complete[place]:
                 missing = _fill_missing(raw.reshape(S, T, C), self.store.nodata)[:size, rows]
@@ -355,22 +369,23 @@ class PixelSetData(Dataset):
             kept = there & ~left_out[i, :T]
             if not kept.any():  # one is left in any case
                 kept[np.argmax(there)] = True
-            n, rows = int(kept.sum()), torch.from_numpy(rows[kept])
-            in_place = n == T and not _is_unordered(rows)
-            values = x[i, :, :width] if in_place else torch.empty(S, width)
-            values.copy_(torch.from_numpy(raw))
-            if scale is not None:
-                torch.addcmul(shift[:width], values, scale[:width], out=values)
+            n, rows = int(kept.sum()), rows[kept]
+            if n < T or _is_unordered(rows):
+                raw = raw.reshape(S, T, C).take(rows, axis=1).reshape(S, n * C)
+            values, read = x[i, :, : n * C], torch.from_numpy(raw).float()
+            if scale is None:
+                values.copy_(read)
+            else:
+                of_date = torch.from_numpy(rows)
+                torch.addcmul(shift[of_date].view(-1), read, scale[of_date].view(-1), out=values)
             if places is not None:
                 add_noise(values, places[i], self._noise)
-            if not in_place:
-                x[i].view(S, L, C)[:, :n] = values.view(S, T, C)[:, rows]
             mask[i, :n, :size] = 1 if missing is None else torch.from_numpy(~missing[:, kept].T).float()
             days[i, :n] = torch.from_numpy(own_days[kept]) + moved[i]
             return n
 
         def fill(i: int) -> None:
-            n = write(i, int(sizes[i])) if sizes[i] else 0
+            n = write(i) if sizes[i] else 0
             x[i, :, n * C :] = 0
 
         share(B, lambda: fill)

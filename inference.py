@@ -137,8 +137,9 @@ def main() -> None:
         raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
     classes = args.sub_classes or run.get("sub_classes") or list(CLASSES_20)
     outlines = open_outlines(args)
-    if args.attention and run and not has_attention(run | typed_architecture(args)):
-        raise UserError(f"--attention: a {classifier_name(run)} has no attention; L-TAE and TAE do.")
+    described = (read_preset(args.preset) or run) | typed_architecture(args)
+    if args.attention and not has_attention(described):
+        raise UserError(f"--attention: a {classifier_name(described)} has no attention; L-TAE and TAE do.")
     with main_first():
         dataset = open_dataset(args, run, classes)
     if outlines is not None:
@@ -245,7 +246,7 @@ def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[in
                 "Dates: not those of the training; the model takes each for the training's date of the same rank"
             )
     if norm is not None and args.norm is None:
-        dataset.set_norm(check_norm(norm, dataset.norm_shape, weight_dir / NORMALISATION))
+        dataset.set_norm(check_norm(norm, dataset.norm_shape, weight_dir / NORMALISATION), in_order=True)
     else:
         norm, source = find_norm(dataset, args.norm)
         dataset.set_norm(norm)

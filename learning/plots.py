@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import matplotlib.dates as mdates
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -57,3 +58,66 @@ def plot_confusion(mat: np.ndarray, classes: Sequence[int | str], title: str) ->
     axis.set_yticks(range(len(mat)), [f"{name} ({n})" for name, n in zip(classes, total[:, 0])], fontsize=8)
     figure.colorbar(image, ax=axis, label="% of the true class", shrink=0.8)
     return figure
+
+
+def plot_attention(
+    weight: np.ndarray,
+    ndvi: np.ndarray,
+    ndvi_std: np.ndarray,
+    k: int,
+    dates: np.ndarray,
+    title: str,
+    width: int | None,
+) -> Figure:
+    """Attention of heads to dates, for one class, and above it the NDVI of this class and of the others.
+
+    Args:
+        weight: share of each head's attention by class and date or period, (K, H, T); NaN where there is no date.
+        ndvi, ndvi_std: mean NDVI and its deviation over parcels, (K, T); NaN where unknown.
+        k: the class to draw.
+        dates: first day of each period, (T,) datetime64.
+        title: heading.
+        width: days of a period; None for single dates, whose cells reach half-way to the next ones.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.7))
+    edges = cell_edges(mdates.date2num(dates), width)
+    centres = (edges[:-1] + edges[1:]) / 2 if width else mdates.date2num(dates)
+    seen = np.isfinite(ndvi[k])
+    if seen.any():
+        for other in np.delete(ndvi, k, axis=0):
+            known = np.isfinite(other)
+            upper.plot(centres[known], other[known], color="0.8", linewidth=0.7)
+        x, mean, deviation = centres[seen], ndvi[k][seen], ndvi_std[k][seen]
+        upper.plot(x, mean, ".-", color="#009e73")
+        upper.fill_between(x, mean - deviation, mean + deviation, color="#009e73", alpha=0.2, linewidth=0)
+        upper.set_ylabel("mean NDVI\n(grey: other classes)")
+    else:
+        upper.text(0.5, 0.5, "no NDVI: bands unknown", transform=upper.transAxes, ha="center", color="0.5")
+    upper.grid(alpha=0.3)
+    upper.set_title(title, fontsize="medium")
+    heads = np.arange(weight.shape[1] + 1) + 0.5
+    highest = np.nanmax(weight)  # the same scale for all classes
+    image = lower.pcolormesh(edges, heads, weight[k], cmap="magma_r", vmin=0, vmax=highest)
+    lower.plot(centres, np.full(len(centres), heads[0]), "|", color="black", clip_on=False, markersize=7)
+    lower.set_facecolor("0.88")
+    lower.set_ylabel("head")
+    lower.yaxis.get_major_locator().set_params(integer=True)
+    lower.invert_yaxis()
+    lower.xaxis_date()
+    locator = mdates.AutoDateLocator()
+    lower.xaxis.set_major_locator(locator)
+    lower.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+    what = f"{width} days" if width else "date"
+    figure.colorbar(image, ax=lower, label=f"share of attention per {what}", aspect=12)
+    return figure
+
+
+def cell_edges(days: np.ndarray, width: int | None) -> np.ndarray:
+    """Where the cells of the periods that begin at `days`, (T,), begin and end, (T + 1,)."""
+    if width:
+        return np.append(days, days[-1] + width)
+    if len(days) == 1:
+        return days[0] + np.array([-0.5, 0.5])
+    middle = (days[:-1] + days[1:]) / 2
+    return np.concatenate([[2 * days[0] - middle[0]], middle, [2 * days[-1] - middle[-1]]])

@@ -50,6 +50,8 @@ class PositionalTable(nn.Module):
     def forward(self, x: Tensor, days: Tensor | None = None) -> Tensor:
         """Adds to the dates of x, (B, L, E), their rows of the table, or those computed from their days (B, L)."""
         if days is not None:
+            if torch.compiler.is_compiling():  # how many days differ is not known when a model is exported
+                return x + self.encode(days.flatten()).to(x.dtype).view(*days.shape, -1)
             different, index = torch.unique(days, return_inverse=True)  # many parcels share a day
             return x + self.encode(different).to(x.dtype)[index]
         if self.weight is None:

@@ -89,10 +89,11 @@ class PixelSetEncoder(nn.Module):
         if self.with_extra and extra is None:
             raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
         B, L, _, _ = pixels.shape
+        rows = None if present is None else present.flatten().nonzero().squeeze(1)  # the dates that are there
         if self._can_fuse(pixels):
             n_dates = None if present is None else present.sum(1).tolist()
             features = [x.flatten(0, 1) for x in pool_mean_std(pixels, mask, self.mlp1, n_dates)]
-            features = features if present is None else [x[present.flatten()] for x in features]
+            features = features if present is None else [x.index_select(0, rows) for x in features]
         elif present is None:
             features = [x.flatten(0, 1) for x in self._pool(pixels, mask)]
         else:  # every date that is present as a parcel of one date
@@ -100,16 +101,21 @@ class PixelSetEncoder(nn.Module):
             features = [x.flatten(0, 1) for x in sets]
         if self.with_extra:
             extra = extra.to(pixels.dtype)
-            features.append(extra.flatten(0, 1) if present is None else extra[present])
+            extra = extra.flatten(0, 1)
+            features.append(extra if present is None else extra.index_select(0, rows))
         encoded = self.mlp2(torch.cat(features, dim=1))
         if present is None:
             return encoded.view(B, L, -1)
-        return encoded.new_zeros(B, L, encoded.shape[1]).masked_scatter(present.unsqueeze(2), encoded)
+        return encoded.new_zeros(B * L, encoded.shape[1]).index_copy(0, rows, encoded).view(B, L, -1)
 
     def _can_fuse(self, pixels: Tensor) -> bool:
-        """Whether `fused.py` serves: on a CPU, for mean and std, unless the pixels need a gradient (saliency maps)."""
+        """Whether `fused.py` serves: on a CPU, for mean and std.
+
+        Not if the pixels need a gradient (saliency maps), nor while the model is traced (export).
+        """
         needs_gradient = pixels.requires_grad and torch.is_grad_enabled()
-        return self.statistics == ["mean", "std"] and pixels.device.type == "cpu" and not needs_gradient
+        plain = needs_gradient or torch.compiler.is_compiling()
+        return self.statistics == ["mean", "std"] and pixels.device.type == "cpu" and not plain
 
     def _pool(self, pixels: Tensor, mask: Tensor) -> list[Tensor]:
         """mlp1 and pooling in their plain form: (B, L, E) for each statistic."""

@@ -55,28 +55,49 @@ class PseClassifier(nn.Module):
             Logits (B, K); with return_att a tuple of logits and attention (H, B, L). In evaluation mode, those of a
             parcel without any observation are NaN.
         """
-        if isinstance(input, Series):
-            return self._classify_series(input)
-        encoded = self.temporal_encoder(self.spatial_encoder(input))
-        if isinstance(encoded, tuple):
-            encoded, attention = encoded
-            return self.decoder(encoded), attention
-        return self.decoder(encoded)
+        encoded, attention = self._encode(input)
+        logits = self.decoder(encoded)
+        return logits if attention is None else (logits, attention)
 
-    def _classify_series(self, series: Series) -> Tensor | tuple[Tensor, Tensor]:
+    def embed(self, input: PixelSet | Series) -> Tensor:
+        """The vector of each parcel that the decoder takes, (B, mlp4[0]); in evaluation NaN without observation."""
+        return self._encode(input)[0]
+
+    def attention(self, input: PixelSet | Series) -> Tensor:
+        """Each head's attention to each date, (H, B, L), whatever return_att is; it sums to 1 over the dates.
+
+        Raises:
+            ValueError: if the temporal encoder has none.
+        """
+        encoder = self.temporal_encoder
+        if not hasattr(encoder, "return_att"):
+            raise ValueError(f"{type(self).__name__} has no attention; PseLTae and PseTae do.")
+        asked, encoder.return_att = encoder.return_att, True
+        try:
+            return self._encode(input)[1]
+        finally:
+            encoder.return_att = asked
+
+    def _encode(self, input: PixelSet | Series) -> tuple[Tensor, Tensor | None]:
+        """The vector of each parcel, (B, mlp4[0]), and, with return_att, the attention (H, B, L)."""
+        if isinstance(input, Series):
+            return self._encode_series(input)
+        encoded = self.temporal_encoder(self.spatial_encoder(input))
+        return encoded if isinstance(encoded, tuple) else (encoded, None)
+
+    def _encode_series(self, series: Series) -> tuple[Tensor, Tensor | None]:
         L = series.mask.shape[1]
         (pixels, mask, extra, days), present, place = present_first(series)
         x = self.spatial_encoder((pixels, mask) if extra is None else ((pixels, mask), extra), present)
         encoded = self.temporal_encoder(x, days, present)
         encoded, attention = encoded if isinstance(encoded, tuple) else (encoded, None)
-        logits = self.decoder(encoded)
         if not self.training:
-            logits = logits.masked_fill(~present.any(1, keepdim=True), torch.nan)
+            encoded = encoded.masked_fill(~present.any(1, keepdim=True), torch.nan)
         if attention is None:
-            return logits
+            return encoded, None
         attention = attention * present  # a parcel without dates attends to none
         whole = attention.new_zeros(*attention.shape[:2], L)
-        return logits, whole.scatter(2, place.expand_as(attention), attention)
+        return encoded, whole.scatter(2, place.expand_as(attention), attention)
 
     def param_ratio(self) -> int:
         """Prints the number of trainable parameters with each part's share, and returns it."""
@@ -220,6 +241,16 @@ class Ensemble(nn.Module):
         """Index of the most likely class of each parcel, (B,)."""
         return self(input).argmax(1)
 
+    @torch.no_grad()
+    def embed(self, input: PixelSet | Series) -> Tensor:
+        """Every member's `embed`, (members, B, mlp4[0]); each member has a space of its own."""
+        return torch.stack([member.embed(input) for member in self.members])
+
+    @torch.no_grad()
+    def attention(self, input: PixelSet | Series) -> Tensor:
+        """Every member's `attention`, (members, H, B, L); head h of one has nothing to do with head h of another."""
+        return torch.stack([member.attention(input) for member in self.members])
+
 
 class PseLTae_pretrained(Ensemble):
     """The classifiers trained on the folds of a cross-validation, read from their weights.
@@ -253,6 +284,26 @@ class PseLTae_pretrained(Ensemble):
             members.append(member)
         super().__init__(members)
         self.to(device)
+
+    @classmethod
+    def from_run(
+        cls, folder: str | Path, fold: int | str = "all", device: str | torch.device | None = None
+    ) -> "PseLTae_pretrained":
+        """The classifiers of a results folder of train.py, as the conf.json beside its folds describes them.
+
+        Args:
+            folder: results folder. Without a conf.json, like published weights, its classifiers are taken to have
+                the published default hyperparameters and to be trained on the published dates.
+            fold, device: as for the class; without a device CUDA if there is a GPU, else the CPU.
+
+        Raises:
+            FileNotFoundError, ValueError: as for the class; also if conf.json is damaged or of another classifier.
+        """
+        from learning.runs import run_hyperparameters  # that module imports this one
+
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(folder, run_hyperparameters(folder, cls.classifier.__name__), device, fold)
 
 
 class PseTae_pretrained(PseLTae_pretrained):

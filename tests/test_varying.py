@@ -259,6 +259,9 @@ def test_shared_dates_out_of_order_are_put_in_order(tmp_path):
     found, _ = dataset.evaluation(1).batch(range(12))
     assert dataset.date_positions == [0, 11, 22, 33, 44]
     assert torch.equal(found[0], expected[0])
+    np.testing.assert_array_equal(dataset.norm[0], np.arange(20).reshape(5, 4))  # in the order of the dates
+    dataset.set_norm(dataset.norm, in_order=True)
+    assert torch.equal(dataset.evaluation(1).batch(range(12))[0][0], expected[0])
 
 
 def test_a_table_of_median_series_is_a_dataset_of_single_pixels(tmp_path):
