@@ -2,13 +2,33 @@
 PYTHON ?= python3
 RES_DIR ?= results/simulated
 
-.PHONY: train test
+.PHONY: train test soak audit
 
 train: .venv/.installed
 	.venv/bin/python train.py --epochs 15 --batch_size 32 --res_dir $(RES_DIR) --overwrite $(OPTIONS)
 
 test: .venv/.installed
 	.venv/bin/python -m pytest $(OPTIONS)
+
+# Kills, damaged files and processes that train together, for as long as real runs: half an hour or more.
+soak: .venv/.installed
+	SOAK=1 .venv/bin/python -m pytest tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_soak.py $(OPTIONS)
+
+# Known vulnerabilities of the packages that are installed, by a tool in an environment of its own.
+AUDIT = .venv/audit
+audit: .venv/.installed $(AUDIT)/.installed
+	@.venv/bin/python -m pip freeze --exclude-editable --disable-pip-version-check > $(AUDIT)/packages.txt
+	@$(AUDIT)/bin/pip-audit -r $(AUDIT)/packages.txt --no-deps --disable-pip --progress-spinner off > $(AUDIT)/report.txt 2>&1; \
+	status=$$?; total=$$(grep -c . $(AUDIT)/packages.txt); skipped=$$(grep -c 'could not be audited' $(AUDIT)/report.txt); \
+	if [ $$skipped -eq $$total ] || ! grep -q -i 'vulnerabilit' $(AUDIT)/report.txt; then \
+		echo "not audited: pip-audit could not reach its database; run make audit where there is a connection to it"; exit 3; \
+	fi; \
+	cat $(AUDIT)/report.txt; exit $$status
+
+$(AUDIT)/.installed: .venv/.installed
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+	touch $@
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: Python 3.11 or later is needed, $(PYTHON) is %d.%d; set PYTHON=" % v[:2])'

@@ -317,6 +317,7 @@ def train_fold(
         clock.skip(progress.epoch)
         print(f"Resuming: fold {fold} after epoch {progress.epoch}")
     for epoch in range(progress.epoch + 1, config["epochs"] + 1):
+        dataset.store.check_unchanged()
         set_seeds(stream_key("dropout", seed, fold, epoch, rank()) % 2**63)
         name = f"Fold {fold}/{config['kfold']}  epoch {epoch}/{config['epochs']}"
         order = BatchSampler(train, batch_size, stream_key("order", seed, fold, epoch), drop_single=True)

@@ -3,20 +3,47 @@
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from learning.errors import UserError
 
+_UNFINISHED = ".unfinished"
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file completely or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+def write_bytes(path: Path, data: bytes, durable: bool = False) -> None:
+    """Writes a file completely or not at all.
+
+    Args:
+        path: the file.
+        data: its content.
+        durable: waits until it is on the disk, so that it also survives a power failure.
+
+    Raises:
+        UserError: if it cannot be written, for want of room say.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
     try:
-        temporary.write_bytes(data)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room, or make the folder writable, and start again."
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_bytes` leaves in a folder, and in those within, if its process is killed."""
+    for path in folder.rglob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

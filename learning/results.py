@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from learning.errors import UserError
+from learning.errors import UserError, as_user_error
 from learning.files import read_json, write_bytes, write_json
 from learning.metrics import confusion_matrix_analysis
 from learning.safe_pickle import load_arrays
@@ -137,9 +137,30 @@ def load_normalisation(res_dir: Path) -> tuple[tuple | None, tuple | None]:
     return norm, extra
 
 
+def read_confusion(path: Path) -> np.ndarray:
+    """A confusion matrix that `save_test` wrote, (K, K).
+
+    Raises:
+        UserError: if the file is missing or damaged.
+    """
+    with as_user_error(OSError, ValueError):
+        mat = load_arrays(path)
+    if (
+        not isinstance(mat, np.ndarray)
+        or mat.dtype.kind not in "iu"
+        or mat.ndim != 2
+        or len(set(mat.shape)) > 1
+    ):
+        raise UserError(f"{path} holds no confusion matrix; copy it again or train the fold again.")
+    return mat
+
+
 def save_overall(res_dir: Path, n_folds: int) -> tuple[np.ndarray, dict[str, float]]:
     """Sums the folds' confusion matrices and writes the scores of the sum; returns both."""
-    total = sum(load_arrays(res_dir / f"Fold_{fold}" / CONFUSION) for fold in range(1, n_folds + 1))
+    matrices = [read_confusion(res_dir / f"Fold_{fold}" / CONFUSION) for fold in range(1, n_folds + 1)]
+    if len({mat.shape for mat in matrices}) > 1:
+        raise UserError(f"the folds of {res_dir} have confusion matrices of unequal size; train them again.")
+    total = sum(matrices)
     per_class, overall = confusion_matrix_analysis(total)
     write_json(res_dir / PER_CLASS, per_class)
     write_json(res_dir / OVERALL, overall)

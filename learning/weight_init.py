@@ -2,6 +2,9 @@
 
 from torch import nn
 
+from models import tae
+from models.stclassifier import PseClassifier
+
 
 def weight_init(module: nn.Module) -> None:
     """Initialises one layer; meant for `model.apply(weight_init)`. Bare parameters (L-TAE's Q) keep their own.
@@ -29,3 +32,20 @@ def weight_init(module: nn.Module) -> None:
 def _normal(bias: nn.Parameter | None) -> None:
     if bias is not None:
         nn.init.normal_(bias)
+
+
+def freeze_idle_biases(model: PseClassifier) -> None:
+    """Keeps every bias as it is that the batch statistics of a later layer take out again.
+
+    Its gradient is rounding errors alone, which Adam would make steps of full size: other ones on every machine, and
+    the running statistics of evaluation lag behind them.
+    """
+    for module in model.modules():
+        layers = list(module.children())
+        for layer, following in zip(layers, layers[1:]):
+            if isinstance(layer, (nn.Linear, nn.Conv1d)) and isinstance(following, nn.BatchNorm1d):
+                layer.bias.requires_grad_(False)
+        if isinstance(module, tae.MultiHeadAttention):  # queries pass through the BatchNorm of fc2
+            module.fc1_q.bias.requires_grad_(False)
+    if len(model.decoder) > 1 and hasattr(model.temporal_encoder, "outlayernorm"):
+        model.temporal_encoder.outlayernorm.bias.requires_grad_(False)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models.ranks import count_over_ranks, sum_over_ranks, update_running_statistics
 from models.threads import share
 
 _PART_ROWS = 6144  # rows at a time: few enough for a core's cache, enough to make up for the calls
@@ -112,7 +113,12 @@ class _Batch:
                 last_row = first_row + (parcels.stop - i) * S * n
                 part_rows = rows[first_row:last_row].view(-1, S, n, C + 1)
                 size = max(sizes[parcel] for parcel in order[parcels])
-                self.parts.append(_Part(parcels, part_rows, weight[parcels][:, :, :n], size))
+                part_weight = weight[parcels][:, :, :n]
+                if (part_weight == part_weight[:, :, :1]).all():
+                    part_weight = part_weight[
+                        :, :, :1
+                    ]  # with one mask for all dates, sums are matrix products
+                self.parts.append(_Part(parcels, part_rows, part_weight, size))
                 first_row = last_row
             start = end
 
@@ -176,19 +182,10 @@ def fold(layer: nn.Module, moments: Moments | None) -> Tensor:
         centre, v = bn.running_mean - b, bn.running_var.double()
     else:
         centre, v = moments.of_output(W)
-        _update_running_statistics(bn, centre + b, v * (moments.n / (moments.n - 1)))
+        update_running_statistics(bn, centre + b, v * (moments.n / (moments.n - 1)))
     a = bn.weight / torch.sqrt(v + bn.eps)
     A = torch.cat([(a.unsqueeze(1) * W).t(), (bn.bias - a * centre).unsqueeze(0)])
     return A.to(layer.lin.weight.dtype)
-
-
-@torch.no_grad()
-def _update_running_statistics(bn: nn.BatchNorm1d, mean: Tensor, variance: Tensor) -> None:
-    """What BatchNorm does in training mode; `variance` is the unbiased one."""
-    bn.num_batches_tracked += 1
-    share = 1 / float(bn.num_batches_tracked) if bn.momentum is None else bn.momentum
-    bn.running_mean.mul_(1 - share).add_(share * mean)
-    bn.running_var.mul_(1 - share).add_(share * variance)
 
 
 def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
@@ -198,10 +195,12 @@ def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
     chunk, in their own type, which is four times as fast. Should W combine the h so that a variance is
     little more than the rounding errors of these sums, they are taken again, in float64 and along the
     eigenvectors of that matrix: directions of large and of small variance then no longer mix.
+
+    Of processes that train together, each sums over its part of the batch.
     """
-    n = batch.n_rows
+    n = count_over_ranks(batch.n_rows)
     sum_type = batch.dtype if maps else torch.float64
-    moments = Moments(n, _Moments.apply(batch, sum_type, None, *maps), None)
+    moments = Moments(n, sum_over_ranks(_Moments.apply(batch, sum_type, None, *maps)), None)
     with torch.no_grad():
         W = W.double()
         _, v = moments.of_output(W)
@@ -214,7 +213,7 @@ def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
         if not (error > accepted).any():
             return moments
         V = torch.linalg.eigh(second).eigenvectors
-    return Moments(n, _Moments.apply(batch, torch.float64, V, *maps), V)
+    return Moments(n, sum_over_ranks(_Moments.apply(batch, torch.float64, V, *maps)), V)
 
 
 class _Layers:

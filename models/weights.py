@@ -1,5 +1,6 @@
 """Weight files of others, read as data: only tensors, arrays and plain values ever come out of one."""
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,15 @@ def choose_folds(weight_folder: str | Path, fold: int | str) -> dict[int, Path]:
     return {int(fold): folds[int(fold)]}
 
 
-def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", data: bytes | None = None
+) -> dict[str, Any]:
     """Reads a checkpoint {"epoch", "state_dict", "optimizer"} without executing anything in it.
+
+    Args:
+        path: the file.
+        device: where to load the tensors.
+        data: its content, if that is in memory already.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -59,7 +67,8 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             that are not finite.
     """
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        source = path if data is None else io.BytesIO(data)
+        checkpoint = torch.load(source, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path} does not exist; expected a checkpoint written by train.py."
