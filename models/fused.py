@@ -385,7 +385,9 @@ def _products(a: Tensor, b: Tensor, n_parcels: int) -> Tensor:
 
 
 def _weighted_sum(w: Tensor, x: Tensor) -> Tensor:
-    """Sum over the pixels of x (p, S, L, E), weighted by w (p, S, L or 1, 1): (p, L, E)."""
+    """Sum over the pixels of x (p, S, L, E), weighted by w (p, S, L or 1, 1): (p, L, E). May write 0 to x where w is 0."""
     if w.shape[2] == 1:  # one product per parcel
         return torch.bmm(w.view(len(w), 1, -1), x.flatten(2)).view(len(x), *x.shape[2:])
-    return torch.sum(w * x, dim=1)
+    absent = (w.flatten() == 0).nonzero().squeeze(1)  # few rows, where a product with w would pass over all
+    x.view(-1, x.shape[3]).index_fill_(0, absent, 0)
+    return x.sum(1)

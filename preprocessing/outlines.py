@@ -9,10 +9,9 @@ import pandas
 import pyogrio
 import shapely
 from geopandas import GeoDataFrame, GeoSeries
-from pyogrio.errors import DataSourceError
 from pyproj import CRS
 
-from learning.errors import UserError
+from learning.errors import UserError, as_user_error
 
 GEOMFEAT = ["perimeter (m)", "area (m2)", "pixels / pixels of the bounding box", "perimeter / area (1/m)"]
 
@@ -108,9 +107,9 @@ def _read_table(path: Path, columns: list[str], layer: str | None) -> GeoDataFra
                 raise UserError(f"{path} has no layer {layer!r}; it has {', '.join(layers)}.")
             present = list(pyogrio.read_info(path, layer=layer)["fields"])
             table = None
-    except (DataSourceError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes can fail in any way
         raise UserError(
             f"{path} cannot be read as parcel outlines ({error}); expected a vector file."
         ) from error
@@ -118,7 +117,8 @@ def _read_table(path: Path, columns: list[str], layer: str | None) -> GeoDataFra
         if column not in present:
             raise UserError(f"{path} has no column {column!r}; it has {', '.join(present)}.")
     if table is None:
-        table = geopandas.read_file(path, layer=layer, columns=columns)
+        with as_user_error(Exception, prefix=f"{path} is damaged: "):
+            table = geopandas.read_file(path, layer=layer, columns=columns)
     if not isinstance(table, GeoDataFrame):
         raise UserError(f"{path} contains no outlines; expected a polygon for every parcel.")
     return table

@@ -22,6 +22,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 SHELL = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 COMMANDS = [line for line in SHELL if line.startswith("python ")]
 SHORT = "--epochs 1 --kfold 3 --npixel 4"
+FILES = {"figure2.py": {"res_dir": "figure2.png"}}
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -42,6 +43,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dataset.py",
         "train.py",
         "inference.py",
+        "figure2.py",
     ):
         (folder / name).symlink_to(ROOT / name)
     (folder / "config_fig2.json").symlink_to(ROOT / "config_fig2.json")
@@ -65,7 +67,7 @@ def test_commands_run_in_the_order_given(clone: Path) -> None:
     pytest.importorskip("rasterio", reason="needs requirements-geo.txt")
     for command in COMMANDS:
         words = shlex.split(command)[1:]
-        if words[0] == "train.py":
+        if words[0] in ("train.py", "figure2.py"):
             words += SHORT.split()
         if "--rasters" in words:
             words += ["--parcels", "150"]
@@ -75,7 +77,8 @@ def test_commands_run_in_the_order_given(clone: Path) -> None:
         for name in ("res_dir", "output_dir"):
             if f"--{name}" in words:
                 written = clone / words[words.index(f"--{name}") + 1]
-                assert (written / {"res_dir": "overall.json", "output_dir": "predictions.csv"}[name]).exists()
+                files = {"res_dir": "overall.json", "output_dir": "predictions.csv"} | FILES.get(words[0], {})
+                assert (written / files[name]).exists()
         assert output
 
 

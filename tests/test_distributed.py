@@ -1,0 +1,193 @@
+"""Training and prediction by several processes: the same results as with one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+import inference
+import train
+from dataset import fold_splits
+from learning.distributed import together
+from learning.resume import STATE
+from learning.safe_pickle import load_arrays
+from learning.weight_init import freeze_idle_biases
+from models.stclassifier import PseTae
+from tests.folders import write_folder
+from tests.processes import start_ranks, wait, wait_for
+
+ROOT = Path(__file__).parent.parent
+# 12 to 14 parcels are trained on, in batches of 5: the last one can have fewer parcels than there are processes.
+OPTIONS = "--kfold 3 --npixel 6 --batch_size 5 --epochs 2 --num_workers 2 --device cpu".split()
+
+SLOW = [
+    (3, "fixed", "--tae"),
+    (2, "fixed", "--gru"),
+    (3, "fixed", "--tcnn"),
+    (3, "fixed", "--pooling max_min --lr 0.0001"),
+    (2, "varying", "--gru --lr 0.0001"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A dataset with shared dates, and one in which observations are missing."""
+    path = tmp_path_factory.mktemp("data")
+    fixed, varying = (
+        write_folder(path / name, n_parcels=41, dtype=np.float32) for name in ("fixed", "varying")
+    )
+    for parcel in range(1, 40, 3):
+        file = varying / "DATA" / f"{parcel}.npy"
+        pixels = np.load(file)
+        pixels[parcel % 5] = np.nan
+        np.save(file, pixels)
+    return {"fixed": fixed, "varying": varying}
+
+
+def train_first_fold() -> None:
+    """Trains on the first fold, without dropout."""
+
+    def freeze(model: nn.Module) -> None:
+        """Also keeps the one bias of TAE that is without influence then, and whose gradient is rounding errors."""
+        freeze_idle_biases(model)
+        if isinstance(model, PseTae):
+            model.temporal_encoder.inlayernorm.bias.requires_grad_(False)
+
+    train.fold_splits = lambda *args: fold_splits(*args)[:1]
+    nn.Dropout.forward = lambda self, x: x  # that of the attention included, which has no flag
+    train.freeze_idle_biases = freeze
+    train.main()
+
+
+def run_ranks(main, command: list, log: Path, n: int) -> str:
+    pids = start_ranks(together(main), [str(word) for word in command], log, n)
+    statuses = [wait(pid) for pid in pids]
+    text = log.read_text()
+    assert statuses == [0] * n, text
+    return text
+
+
+def run_train(folder: Path, res_dir: Path, n: int, *options: str) -> str:
+    command = ["--dataset_folder", folder, "--res_dir", res_dir, *OPTIONS, *options]
+    return run_ranks(train_first_fold, command, res_dir.with_name(f"{res_dir.name}.log"), n)
+
+
+def losses(res_dir: Path) -> np.ndarray:
+    """Training and validation loss of the first epoch."""
+    first = json.loads((res_dir / "Fold_1" / "trainlog.json").read_text())["1"]
+    return np.array([first["train_loss"], first["val_loss"]])
+
+
+@pytest.fixture(scope="module")
+def alone(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Results of a single process by kind of data and model, made when they are first asked for."""
+    path = tmp_path_factory.mktemp("alone")
+
+    class Runs(dict):
+        def __missing__(self, key: tuple[str, str]) -> Path:
+            data, model = key
+            run_train(folders[data], path / f"{data}{model}", 1, *model.split())
+            self[key] = path / f"{data}{model}"
+            return self[key]
+
+    return Runs()
+
+
+@pytest.mark.parametrize(
+    "n, data, model",
+    [
+        (2, "fixed", ""),
+        (3, "fixed", ""),
+        # With smaller steps: Adam makes the most of gradients that are little more than rounding errors.
+        (3, "varying", "--lr 0.0001"),
+        *(SLOW if os.environ.get("SOAK") else ()),
+    ],
+)
+def test_same_losses_as_one_process(
+    alone: dict, folders: dict[str, Path], tmp_path: Path, n: int, data: str, model: str
+) -> None:
+    out = run_train(folders[data], tmp_path / "res", n, *model.split())
+    assert f"{n} processes" in out and out.count("epoch 1/2") == 1  # printed once
+    assert losses(tmp_path / "res") == pytest.approx(losses(alone[data, model]), rel=1e-4)
+    mat, same = (load_arrays(r / "Fold_1" / "conf_mat.pkl") for r in (tmp_path / "res", alone[data, model]))
+    assert (mat.sum(1) == same.sum(1)).all()  # every parcel counted once
+    calibration = json.loads((tmp_path / "res" / "Fold_1" / "calibration.json").read_text())
+    assert sum(calibration["count"]) == mat.sum()
+    one, several = (json.loads((r / "conf.json").read_text()) for r in (alone[data, model], tmp_path / "res"))
+    assert {name for name in one if one[name] != several[name]} == {"res_dir", "command"}
+
+
+@pytest.mark.parametrize(
+    "n, data, model, batch_size", [(2, "fixed", "", 4), (3, "varying", "--lr 0.0001", 9)]
+)
+def test_same_predictions_as_one_process(
+    alone: dict, folders: dict[str, Path], tmp_path: Path, n: int, data: str, model: str, batch_size: int
+) -> None:
+    for k in (1, n):
+        command = ["--dataset_folder", folders[data], "--weight_dir", alone[data, model], "--device", "cpu"]
+        command += ["--output_dir", tmp_path / str(k), "--batch_size", batch_size]
+        out = run_ranks(inference.main, command, tmp_path / f"{k}.log", k)
+        assert out.count("Predictions:") == 1
+    for name in (inference.TABLE, inference.PREDICTIONS):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / str(n) / name).read_bytes()
+
+
+def test_a_killed_process_ends_all_and_others_go_on(folders: dict[str, Path], tmp_path: Path) -> None:
+    res_dir, log = tmp_path / "res", tmp_path / "res.log"
+    command = [
+        "--dataset_folder",
+        str(folders["fixed"]),
+        "--res_dir",
+        str(res_dir),
+        *OPTIONS,
+        "--epochs",
+        "12",
+    ]
+    pids = start_ranks(together(train_first_fold), command, log, 3)
+    wait_for((res_dir / "Fold_1" / STATE).exists, pids[0])
+    os.kill(pids[1], signal.SIGKILL)
+    begin = time.monotonic()
+    statuses = [wait(pid) for pid in pids]
+    assert time.monotonic() - begin < 20
+    assert statuses[0] == 2 and statuses[1] == -signal.SIGKILL and statuses[2] != 0
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "another process" in errors[0] and "--resume" in errors[0]
+    assert "Traceback" not in log.read_text()
+    out = run_train(folders["fixed"], res_dir, 2, "--epochs", "12", "--resume")
+    assert "Resuming: fold 1 after epoch" in out
+    log = json.loads((res_dir / "Fold_1" / "trainlog.json").read_text())
+    assert list(log) == [str(epoch) for epoch in range(1, 13)]
+
+
+def test_more_processes_than_parcels_of_a_batch(folders: dict[str, Path], tmp_path: Path) -> None:
+    command = ["--dataset_folder", str(folders["fixed"]), "--res_dir", str(tmp_path / "res"), *OPTIONS]
+    pids = start_ranks(together(train.main), [*command, "--batch_size", "2"], tmp_path / "log", 3)
+    assert [wait(pid) for pid in pids] == [2, 2, 2]
+    assert "error: there are 3 processes for batches of 2 parcels" in (tmp_path / "log").read_text()
+
+
+def torchrun(*command: object) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*launcher, *map(str, command)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100,
+    )  # fmt: skip
+
+
+def test_torchrun(folders: dict[str, Path], tmp_path: Path) -> None:
+    common = ["train.py", "--dataset_folder", folders["fixed"], *OPTIONS]
+    run = torchrun(*common, "--res_dir", tmp_path / "res", "--epochs", 1)
+    assert run.returncode == 0, run.stdout
+    assert "2 processes" in run.stdout and (tmp_path / "res" / "overall.json").exists()
+    if not os.environ.get("SOAK"):
+        return
+    again = torchrun(*common, "--res_dir", tmp_path / "res", "--epochs", 1)
+    errors = [line for line in again.stdout.splitlines() if line.startswith("error: ")]
+    assert again.returncode == 1 and len(errors) == 1 and "--overwrite" in errors[0]
