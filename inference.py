@@ -3,16 +3,11 @@
 import learning  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
-import csv
-import itertools
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dataset import (
     UNKNOWN,
@@ -23,12 +18,10 @@ from dataset import (
     find_norm,
 )
 from learning.attention import PICTURES, choose_bands, mean_attention, write_attention
-from learning.distributed import RankBatches, gather_rows, is_main, join_ranks, main_first, together
+from learning.distributed import is_main, join_ranks, main_first, together
 from learning.errors import UserError, as_user_error, run_cli
 from learning.export import export_run
-from learning.files import write_bytes
 from learning.maps import check_picture, match_outlines, write_map
-from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.options import (
     ARCHITECTURE,
     CLASSES_20,
@@ -46,23 +39,20 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.progress import progress_bar
+from learning.predictions import TABLE, predict, report, score_batches
 from learning.results import (
     CONFIG,
     NORMALISATION,
     load_normalisation,
     prepare_output,
     read_config,
-    to_npy,
 )
 from learning.runs import load_classifiers
 from learning.runtime import (
     count_workers,
     describe_device,
     keep_freed_memory,
-    recursive_todevice,
 )
-from models.ranks import n_ranks
 from models.stclassifier import Ensemble
 from models.weights import choose_folds
 from preprocessing.classes import read_class_names
@@ -72,8 +62,6 @@ from preprocessing.simulate import embedded_dataset
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
-
-PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
 
 
 def parse_args() -> argparse.Namespace:
@@ -158,14 +146,10 @@ def main() -> None:
         f"Data: {len(dataset)} parcels of {dataset.folder}"
     )
     if not is_main():
-        for _ in score_batches(ensemble, dataset, len(classes), args, device):
+        for _ in score_batches(ensemble, dataset, len(classes), args.batch_size, args.num_workers, device):
             pass
         return
-    predicted = predict(ensemble, dataset, classes, args, device, output)
-    write_bytes(
-        output / PREDICTIONS,
-        to_npy(np.stack([np.array(dataset.pid, np.int64), dataset.target, predicted], 1)),
-    )
+    predicted = predict(ensemble, dataset, classes, args.batch_size, args.num_workers, device, output)
     report(dataset, predicted, len(classes), output)
     if args.attention:
         show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
@@ -284,70 +268,6 @@ def load_ensemble(
         )
 
 
-def predict(
-    ensemble: Ensemble,
-    dataset: PixelSetData,
-    classes: list[int],
-    args: argparse.Namespace,
-    device: torch.device,
-    output: Path,
-) -> np.ndarray:
-    """Writes the table of predictions batch by batch; returns the predicted class indices, (N,)."""
-    predicted: list[np.ndarray] = []
-    done = 0
-    unfinished = output / f".{TABLE}"
-    with (
-        as_user_error(OSError, prefix=f"{output / TABLE} cannot be written: "),
-        open(unfinished, "w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.writer(file)
-        header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
-        table.writerow(header + [f"probability_{code}" for code in classes])
-        for rows in score_batches(ensemble, dataset, len(classes), args, device):
-            target, best = rows[:, :2].long().unbind(1)
-            ids = dataset.pid[done : done + len(rows)]
-            for parcel, true, k, numbers in zip(ids, target.tolist(), best.tolist(), rows[:, 2:].tolist()):
-                label = "" if true == UNKNOWN else classes[true]
-                told = [""] * (1 + len(numbers))
-                if k != UNKNOWN:
-                    told = [classes[k], *(f"{number:.6g}" for number in numbers)]
-                table.writerow([parcel, label, *told])
-            predicted.append(best.numpy())
-            done += len(rows)
-    os.replace(unfinished, output / TABLE)
-    return np.concatenate(predicted)
-
-
-def score_batches(
-    ensemble: Ensemble,
-    dataset: PixelSetData,
-    n_classes: int,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> Iterator[Tensor]:
-    """Tables of batches in their order, (B, 4 + K) float64: target, predicted class, confidence, agreement, probabilities.
-
-    Of several processes each computes some of the batches, and the first one alone gets tables.
-    """
-    sampler = BatchSampler(range(len(dataset)), args.batch_size)
-    loader = batch_loader(
-        dataset, RankBatches(sampler, divide=False), count_workers(args.num_workers), device.type == "cuda"
-    )
-    batches = iter(loader)
-    rounds = range(-(-len(sampler) // n_ranks()))
-    for _ in progress_bar(rounds, "predicting", "batches", shown=is_main()):
-        rows = torch.empty(0, 4 + n_classes, dtype=torch.float64)
-        for x, y in itertools.islice(batches, 1):  # none in the last round of some processes
-            members = ensemble.member_log_probabilities(recursive_todevice(x, device))  # (members, B, K)
-            probabilities = members.mean(0).softmax(1)
-            confidence, best = probabilities.max(1)
-            best[confidence.isnan()] = UNKNOWN  # a parcel without any observation
-            agreement = (members.argmax(2) == best).float().mean(0)
-            columns = (y.to(device), best, confidence, agreement)
-            rows = torch.cat([torch.stack([v.double() for v in columns], 1), probabilities.double()], 1).cpu()
-        yield from gather_rows(rows, args.batch_size)
-
-
 def show_attention(
     ensemble: Ensemble,
     dataset: PixelSetData,
@@ -372,21 +292,6 @@ def show_attention(
         f"{output / PICTURES}"
         + ("" if bands else "; no NDVI, since nothing tells its bands: give --ndvi_bands")
     )
-
-
-def report(dataset: PixelSetData, predicted: np.ndarray, n_classes: int, output: Path) -> None:
-    """Says where the predictions are and, where labels are known, how good they are."""
-    undefined = predicted == UNKNOWN
-    if undefined.any():
-        print(f"Undefined: {undefined.sum()} parcels without any observation, left empty (class -1)")
-    known = (dataset.target != UNKNOWN) & ~undefined
-    if known.any():
-        mat = confusion_matrix(dataset.target[known], predicted[known], labels=range(n_classes))
-        print(
-            f"Accuracy {100 * accuracy(mat):.1f}%, mIoU {mean_iou(mat):.3f} on the {known.sum()} parcels with a known "
-            "class; parcels that the model was trained on flatter it"
-        )
-    print(f"Predictions: {output / TABLE}, {output / PREDICTIONS}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +41,7 @@ from learning.options import (
     typed_architecture,
 )
 from learning.plots import plot_confusion, plot_training
+from learning.progress import Clock, format_scores, format_time
 from learning.report import write_report
 from learning.results import (
     CONFIG,
@@ -70,6 +70,8 @@ from preprocessing.folds import read_folds, read_parts
 from preprocessing.metadata import choose_nomenclature, read_info
 from preprocessing.simulate import embedded_dataset
 from preprocessing.store import check_folder
+
+CURVES, MATRIX = "training_curves.png", "confusion_matrix.png"
 
 
 def parse_args() -> argparse.Namespace:
@@ -214,8 +216,10 @@ def train_folds(
         test, logs[fold] = train_fold(dataset, split, fold, config, device, fold_folder(res_dir, fold), clock)
         tests.append(test)
         if is_main():
-            save_figure(res_dir / "training_curves.png", plot_training(logs))
+            save_figure(res_dir / CURVES, plot_training(logs))
     if is_main():
+        if len(finished) == len(splits):  # the process that finished the last one may have been killed before
+            save_figure(res_dir / CURVES, plot_training(logs))
         summarise(res_dir, tests, config["sub_classes"], clock)
 
 
@@ -288,7 +292,7 @@ def train_fold(
     config: dict[str, Any],
     device: torch.device,
     folder: Path,
-    clock: "Clock",
+    clock: Clock,
 ) -> tuple[dict[str, float], Log]:
     """Trains on one fold, keeps the epoch with the best validation mIoU, and tests that one.
 
@@ -304,7 +308,7 @@ def train_fold(
     freeze_idle_biases(model)
     if n_ranks() > 1:
         share_statistics(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
     criterion = FocalLoss(config["gamma"])
     train, val, test = split
     fixed = dataset.evaluation(seed)
@@ -347,21 +351,12 @@ def train_fold(
     return metrics, progress.log
 
 
-def format_scores(scores: dict[str, float]) -> str:
-    """Training and validation scores of an epoch in one line."""
-    parts = (("train", "train"), ("val", "val"))
-    return " | ".join(
-        f"{name} loss {scores[f'{key}_loss']:.3f} acc {scores[f'{key}_accuracy']:.1f}% mIoU {scores[f'{key}_IoU']:.3f}"
-        for key, name in parts
-    )
-
-
-def summarise(res_dir: Path, tests: list[dict[str, float]], classes: list[int], clock: "Clock") -> None:
+def summarise(res_dir: Path, tests: list[dict[str, float]], classes: list[int], clock: Clock) -> None:
     """Writes the scores of all folds together and says where everything is."""
     confusion, overall = save_overall(res_dir, len(tests))
     scores = f"accuracy {100 * overall['Accuracy']:.1f}%, mIoU {overall['MACRO_IoU']:.3f}"
     save_figure(
-        res_dir / "confusion_matrix.png",
+        res_dir / MATRIX,
         plot_confusion(confusion, classes, f"All {len(tests)} test folds: {scores}"),
     )
     spread = "; ".join(
@@ -372,40 +367,9 @@ def summarise(res_dir: Path, tests: list[dict[str, float]], classes: list[int], 
     print(
         f"All folds together: {scores} (mean and deviation over folds: {spread}), after {format_time(clock.elapsed())}\n"
         f"Results: {res_dir} (overall.json, per_class.json, Fold_k/)\n"
-        f"Pictures: {res_dir / 'training_curves.png'}, {res_dir / 'confusion_matrix.png'}"
+        f"Pictures: {res_dir / CURVES}, {res_dir / MATRIX}"
     )
     print(f"Report: {write_report(res_dir)}")
-
-
-class Clock:
-    """Tells rate and time left of n_epochs, over all folds that are not finished."""
-
-    def __init__(self, n_epochs: int) -> None:
-        self.n_epochs, self.done = n_epochs, 0
-        self.start = self.last = time.monotonic()
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.start
-
-    def skip(self, n_epochs: int) -> None:
-        """Leaves out epochs that an earlier process finished."""
-        self.n_epochs -= n_epochs
-        self.last = time.monotonic()
-
-    def lap(self, n_parcels: int) -> str:
-        """Counts an epoch over n_parcels and puts its duration, its rate and the time left into words."""
-        now = time.monotonic()
-        seconds, self.last, self.done = now - self.last, now, self.done + 1
-        left = (now - self.start) / self.done * (self.n_epochs - self.done)
-        return f"{format_time(seconds)}, {n_parcels / seconds:,.0f} parcels/s, {format_time(left)} left"
-
-
-def format_time(seconds: float) -> str:
-    """A duration in the unit that suits it."""
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -10,15 +10,18 @@ import platform
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.cases import DEFAULT, LARGEST, N_CHANNELS, Sides, evaluate, infer, load, step, train
+from benchmarks.dates import print_dates_table
 from benchmarks.measure import CELLS, Cell, Worker, copy_rate, count_flops, gemm_rate, measure, peak_memory
 from learning.errors import run_cli
 from learning.options import NPIXEL, Parser, positive
-from preprocessing.simulate import DATES, simulate
+from preprocessing.seasons import DATES
+from preprocessing.simulate import simulate
 
 USUAL: tuple[Cell, ...] = ((True, "fast"), (False, "textbook"))  # each side as its scripts run it
 MAX_PIXELS = 128  # of the simulated parcels, twice as many as are drawn
@@ -65,6 +68,9 @@ def main() -> None:
             simulate(folder, n, seed=1, max_pixels=MAX_PIXELS)
         table = Table(args.threads, sizes)
         fill(table, sizes, folders)
+        print_dates_table(
+            table.workers[True], Path(temporary), sizes.parcels, sizes.batch_size, sizes.few_rounds
+        )
         table.close()
 
 

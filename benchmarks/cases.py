@@ -16,7 +16,7 @@ from learning.focal_loss import FocalLoss
 from learning.options import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, read_preset
 from learning.weight_init import weight_init
 from models.stclassifier import PseLTae
-from preprocessing.simulate import QUANTILES, SIZES
+from preprocessing.fields import QUANTILES, SIZES
 
 Sides = dict[str, Callable[[], object]]
 SIDES = ("fast", "textbook")
@@ -137,10 +137,15 @@ def draw_batch(batch_size: int, n_dates: int, npixel: int) -> tuple[dict[str, ob
     r = np.random.default_rng(0)
     values = r.standard_normal((batch_size, npixel, n_dates, N_CHANNELS), dtype=np.float32)
     pixels = torch.from_numpy(values).permute(0, 2, 3, 1)
-    sizes = np.rint(np.exp(np.interp(r.random(batch_size), QUANTILES, np.log(SIZES))))
+    sizes = draw_sizes(batch_size, r)
     mask = torch.from_numpy((np.arange(npixel) < sizes[:, None]).astype(np.float32))
     extra = torch.from_numpy(r.standard_normal((batch_size, N_EXTRA), dtype=np.float32))
     mask, extra = (tensor.unsqueeze(1).expand(-1, n_dates, -1) for tensor in (mask, extra))
     plain = (pixels.contiguous(), mask.contiguous()), extra.contiguous()
     target = torch.from_numpy(r.integers(0, N_CLASSES, batch_size))
     return {"fast": ((pixels, mask), extra), "textbook": plain}, target
+
+
+def draw_sizes(n_parcels: int, rng: np.random.Generator) -> np.ndarray:
+    """Pixels of parcels as large as Sentinel-Agri's, (n_parcels,)."""
+    return np.rint(np.exp(np.interp(rng.random(n_parcels), QUANTILES, np.log(SIZES))))

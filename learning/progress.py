@@ -1,6 +1,7 @@
-"""Progress of whatever takes more than two seconds."""
+"""Progress of whatever takes more than two seconds, and of a training in words."""
 
 import sys
+import time
 from collections.abc import Iterable
 
 from tqdm import tqdm
@@ -14,4 +15,44 @@ def progress_bar(steps: Iterable, name: str, unit: str, shown: bool = True) -> t
     seconds = (2, 0.2) if sys.stderr.isatty() else (60, 60)
     return tqdm(
         steps, name, unit=f" {unit}", leave=False, delay=seconds[0], mininterval=seconds[1], disable=not shown
+    )
+
+
+class Clock:
+    """Tells rate and time left of n_epochs, over all folds that are not finished."""
+
+    def __init__(self, n_epochs: int) -> None:
+        self.n_epochs, self.done = n_epochs, 0
+        self.start = self.last = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.start
+
+    def skip(self, n_epochs: int) -> None:
+        """Leaves out epochs that an earlier process finished."""
+        self.n_epochs -= n_epochs
+        self.last = time.monotonic()
+
+    def lap(self, n_parcels: int) -> str:
+        """Counts an epoch over n_parcels and puts its duration, its rate and the time left into words."""
+        now = time.monotonic()
+        seconds, self.last, self.done = now - self.last, now, self.done + 1
+        left = (now - self.start) / self.done * (self.n_epochs - self.done)
+        return f"{format_time(seconds)}, {n_parcels / seconds:,.0f} parcels/s, {format_time(left)} left"
+
+
+def format_time(seconds: float) -> str:
+    """A duration in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    """Training and validation scores of an epoch in one line."""
+    parts = (("train", "train"), ("val", "val"))
+    return " | ".join(
+        f"{name} loss {scores[f'{key}_loss']:.3f} acc {scores[f'{key}_accuracy']:.1f}% mIoU {scores[f'{key}_IoU']:.3f}"
+        for key, name in parts
     )

@@ -22,18 +22,9 @@ from shapely import Polygon, affinity
 
 from learning.errors import UserError, as_user_error
 from learning.progress import progress_bar
-from preprocessing.simulate import (
-    BANDS,
-    CLOUD,
-    CLOUDINESS,
-    DATES,
-    SOIL,
-    TYPICAL,
-    C,
-    T,
-    draw_crop,
-    draw_pixels,
-)
+from preprocessing.crops import BANDS, CLOUD, SOIL, TYPICAL, C
+from preprocessing.fields import draw_crop, draw_pixels
+from preprocessing.seasons import CLOUDINESS, DATES, T
 
 CRS = "EPSG:32631"
 CELL = 16  # pixels of 10 m that a parcel has for itself, on each side

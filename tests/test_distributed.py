@@ -15,6 +15,7 @@ from torch import nn
 import inference
 import train
 from dataset import fold_splits
+from learning import predictions
 from learning.distributed import together
 from learning.resume import STATE
 from learning.safe_pickle import load_arrays
@@ -135,7 +136,7 @@ def test_same_predictions_as_one_process(
         command += ["--output_dir", tmp_path / str(k), "--batch_size", batch_size]
         out = run_ranks(inference.main, command, tmp_path / f"{k}.log", k)
         assert out.count("Predictions:") == 1
-    for name in (inference.TABLE, inference.PREDICTIONS):
+    for name in (predictions.TABLE, predictions.PREDICTIONS):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / str(n) / name).read_bytes()
 
 

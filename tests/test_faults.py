@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 import inference
 import train
 from dataset import PixelSetData
+from learning import predictions
 from learning.distributed import together
 from learning.errors import UserError
 from learning.files import write_bytes
@@ -73,7 +74,7 @@ def test_full_disk_while_predicting(folder: Path, tmp_path: Path, monkeypatch: p
     line = f"--dataset_folder {folder} --weight_dir {res_dir} --output_dir {tmp_path / 'out'}"
     assert wait(start(predict, line.split(), tmp_path / "predict.log")) == 2
     assert "predictions.csv cannot be written" in (tmp_path / "predict.log").read_bytes().decode()
-    assert not (tmp_path / "out" / inference.TABLE).exists()
+    assert not (tmp_path / "out" / predictions.TABLE).exists()
 
 
 def test_packing_on_a_full_disk(folder: Path, tmp_path: Path) -> None:

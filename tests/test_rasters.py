@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from preprocessing import simulate
-from preprocessing.simulate import CROPS, DATES, TYPICAL
+from preprocessing.crops import CROPS, TYPICAL
+from preprocessing.seasons import DATES
 from tests.commands import run_command
 from tests.rasters import geopandas, rasterio
 

@@ -11,16 +11,20 @@ import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import KFold, cross_val_score
 
+from dataset import PixelSetData, find_norm
 from learning.errors import UserError
 from preprocessing import simulate as simulation
-from preprocessing.simulate import CROPS, DATES, FIRST_PARCELS, embedded_dataset, simulate, simulate_parcel
+from preprocessing.crops import CROPS, ground_cover
+from preprocessing.fields import FIRST_PARCELS, simulate_parcel
+from preprocessing.seasons import DATES, draw_own_season, draw_season
+from preprocessing.simulate import embedded_dataset, simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED_CODES = {1, 3, 4, 5, 6, 8, 9, 12, 13, 14, 16, 18, 19, 23, 28, 31, 33, 34, 36, 39}
 PARCELS = 120
 
 # Pixel sums of a few parcels written by one version of the generator.
-FINGERPRINTS = {1: [24216020, 25845664, 20738842]}
+FINGERPRINTS = {version: [24216020, 25845664, 20738842] for version in (1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -127,9 +131,108 @@ def test_a_new_generator_has_a_new_version():
 @pytest.mark.parametrize("crop", CROPS, ids=lambda crop: crop.name)
 def test_ground_cover_is_a_set_of_fractions(crop):
     for parcel in ({}, {"shift": 20, "longer": -20, "vigour": 1.5, "weeds": 0.5, "weeds_day": 150}):
-        cover = simulation.ground_cover(crop, **parcel)
+        cover = ground_cover(crop, **parcel)
         assert cover.min() >= 0
         np.testing.assert_allclose(cover.sum(1), 1)
+
+
+def simulate_small(folder: Path, seed: int = 3, **options) -> Path:
+    simulate(folder, FIRST_PARCELS, seed, progress=False, max_pixels=12, **options)
+    return folder
+
+
+def load_parcel(folder: Path, parcel: int) -> np.ndarray:
+    return np.load(folder / "DATA" / f"{parcel}.npy", allow_pickle=False)
+
+
+def test_another_year_has_its_own_dates_weather_and_parcels(tmp_path):
+    first, again, third = (
+        simulate_small(tmp_path / name, year=year) for name, year in (("a", 2018), ("b", 2018), ("c", 2019))
+    )
+    assert read_files(first) == read_files(again)
+    dates = list(read_meta(first, "dates").values())
+    assert 20 <= len(dates) <= 35 and dates == sorted(set(dates)) != list(read_meta(third, "dates").values())
+    assert {day // 10000 for day in dates} == {2018}
+    assert load_parcel(first, 7).shape[:2] == (len(dates), 10)
+    geometries = [read_meta(folder, "geomfeat")["7"] for folder in (first, third)]
+    assert geometries[0] != geometries[1] != simulate_parcel(3, 6, 12).geometry
+    mean, deviation = pickle.loads((first / "normalisation_values.pkl").read_bytes())
+    pixels = np.concatenate([load_parcel(first, i) for i in range(1, FIRST_PARCELS + 1)], axis=2)
+    np.testing.assert_allclose(mean, pixels.mean(2), rtol=1e-6)
+    np.testing.assert_allclose(deviation, pixels.std(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("year", [2018, 2019, 2020])
+def test_crops_of_another_year_are_earlier_or_later_by_some_days(year):
+    season = draw_season(year, seed=1)
+    assert 5 <= abs(season.later) <= 12 and 0.6 < season.vigour < 1.6
+    assert (season.year, len(season.haze), len(season.cloudiness)) == (
+        year,
+        len(season.days),
+        len(season.days),
+    )
+    same_weather = season._replace(later=0.0, vigour=1.0)
+    moved = same_weather._replace(days=season.days - season.later)
+    for crop in CROPS[:5]:
+        np.testing.assert_allclose(
+            ground_cover(crop, season=season._replace(vigour=1.0)), ground_cover(crop, season=moved)
+        )
+        usual, found = (ground_cover(crop, season=each)[:, 3].min() for each in (same_weather, season))
+        assert usual != found
+
+
+def test_every_day_of_a_year_has_one_weather():
+    seasons = [draw_own_season(2018, 1, index, 300, 300) for index in range(2)] + [draw_season(2018, 1)]
+    assert len({(season.later, season.vigour) for season in seasons}) == 1
+    seen: dict[int, tuple[float, float]] = {}
+    for season in seasons:
+        for day, *weather in zip(season.dates, season.haze, season.cloudiness):
+            assert seen.setdefault(day, tuple(weather)) == tuple(weather)
+
+
+def test_irregular_dates_are_each_parcels_own(tmp_path):
+    folder = simulate_small(tmp_path / "dataset", irregular=(5, 9))
+    dates = read_meta(folder, "dates")
+    assert set(dates) == {str(i) for i in range(1, FIRST_PARCELS + 1)}
+    lengths = {len(own) for own in dates.values()}
+    assert lengths == set(range(5, 10))
+    assert len({tuple(own) for own in dates.values()}) == FIRST_PARCELS
+    for parcel, own in dates.items():
+        assert own == sorted(set(own)) and {day // 10000 for day in own} == {2017}
+        pixels = load_parcel(folder, int(parcel))
+        assert pixels.shape[:2] == (len(own), 10) and pixels.min() >= 1
+    assert read_meta(folder, "geomfeat")["4"] == simulate_parcel(3, 3, 12).geometry  # the parcels of 2017
+    assert draw_own_season(2017, 3, 0, 5, 9).later == 0
+
+
+def test_gaps_are_where_clouds_would_be(tmp_path, dataset):
+    simulate(tmp_path / "gaps", PARCELS, seed=3, progress=False, max_pixels=60, gaps=True)
+    assert (
+        read_meta(tmp_path / "gaps", "info")["nodata"] == 0 and read_meta(dataset, "info")["nodata"] is None
+    )
+    missing = total = 0
+    present = []
+    for parcel in range(1, PARCELS + 1):
+        cloudy, pixels = (load_parcel(folder, parcel) for folder in (dataset, tmp_path / "gaps"))
+        absent = pixels == 0
+        assert (absent.all(1) == absent.any(1)).all()  # in all channels or in none
+        assert (pixels == cloudy)[~absent].all()
+        missing, total = missing + absent[:, 0].sum(), total + absent[:, 0].size
+        present.append(pixels.transpose(1, 0, 2)[:, ~absent[:, 0]])
+    assert 0.02 < missing / total < 0.12
+    mean, deviation = pickle.loads((tmp_path / "gaps" / "normalisation_values.pkl").read_bytes())
+    values = np.concatenate(present, axis=1)
+    np.testing.assert_allclose(mean, values.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(deviation, values.std(1), rtol=1e-6)
+
+
+def test_year_irregular_dates_and_gaps_combine_and_load(tmp_path):
+    folder = simulate_small(tmp_path / "dataset", year=2019, irregular=(3, 6), gaps=True)
+    loaded = PixelSetData(folder, "label_44class", 8, extra_feature="geomfeat", season_start=(1, 1))
+    assert loaded.varying and len(loaded) == FIRST_PARCELS and loaded.store.nodata == 0
+    first, last = loaded.day_range
+    assert 0 <= first < last < 365
+    assert find_norm(loaded)[0][0].shape == (10,)
 
 
 def test_all_dates_tell_more_than_the_best_single_one():
@@ -151,10 +254,10 @@ def test_all_dates_tell_more_than_the_best_single_one():
 def test_nothing_is_left_beside_the_dataset_nor_after_a_failure(dataset, tmp_path, monkeypatch):
     assert [path.name for path in dataset.parent.iterdir()] == ["dataset"]
 
-    def fail(seed: int, index: int, max_pixels: int | None) -> None:
+    def fail(seed: int, index: int, *options) -> None:
         if index == 7:
             raise KeyboardInterrupt
-        return simulate_parcel(seed, index, max_pixels)
+        return simulate_parcel(seed, index, *options)
 
     monkeypatch.setattr(simulation, "simulate_parcel", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -164,7 +267,15 @@ def test_nothing_is_left_beside_the_dataset_nor_after_a_failure(dataset, tmp_pat
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [({"parcels": 99}, "at least 100"), ({"seed": -1}, "0 or more"), ({"max_pixels": 0}, "at least 1")],
+    [
+        ({"parcels": 99}, "at least 100"),
+        ({"seed": -1}, "0 or more"),
+        ({"max_pixels": 0}, "at least 1"),
+        ({"year": 18}, "year is 18; give one of four digits"),
+        ({"irregular": (9, 5)}, "9 to 5 dates; give 1 to 365, the smaller number first"),
+        ({"irregular": (0, 5)}, "0 to 5 dates"),
+        ({"irregular": (5, 366)}, "5 to 366 dates"),
+    ],
 )
 def test_numbers_out_of_range_are_refused(tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
@@ -181,6 +292,9 @@ def test_command_line(tmp_path):
     assert again.returncode == 2
     assert again.stderr.startswith("error: ") and "not an empty folder" in again.stderr
     assert len(again.stderr.splitlines()) == 1
+
+    other = run_command(tmp_path / "other", "--year", 2018, "--irregular", 9, 5)
+    assert other.returncode == 2 and other.stderr.startswith("error: irregular is 9 to 5 dates")
 
     few = run_command(tmp_path / "few", "--parcels", 20)
     assert few.returncode == 2 and few.stderr.startswith("error: parcels is 20; give at least 100")
