@@ -1,4 +1,5 @@
-# make train: sets up .venv and trains on the embedded simulated dataset.   make test: the same set-up, then all tests.
+# make train: sets up .venv and trains on the embedded simulated dataset.   make test: the same set-up with all optional
+# packages, then all tests.
 PYTHON ?= python3
 RES_DIR ?= results/simulated
 
@@ -7,11 +8,11 @@ RES_DIR ?= results/simulated
 train: .venv/.installed
 	.venv/bin/python train.py --epochs 15 --batch_size 32 --res_dir $(RES_DIR) --overwrite $(OPTIONS)
 
-test: .venv/.installed
+test: .venv/.everything
 	.venv/bin/python -m pytest $(OPTIONS)
 
 # Kills, damaged files and processes that train together, for as long as real runs: half an hour or more.
-soak: .venv/.installed
+soak: .venv/.everything
 	SOAK=1 .venv/bin/python -m pytest tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_soak.py $(OPTIONS)
 
 # Known vulnerabilities of the packages that are installed, by a tool in an environment of its own.
@@ -34,4 +35,9 @@ $(AUDIT)/.installed: .venv/.installed
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: Python 3.11 or later is needed, $(PYTHON) is %d.%d; set PYTHON=" % v[:2])'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+EXTRAS = requirements-geo.txt requirements-export.txt requirements-notebook.txt
+.venv/.everything: .venv/.installed $(EXTRAS)
+	.venv/bin/python -m pip install --disable-pip-version-check $(EXTRAS:%=--requirement %)
 	touch $@

@@ -352,8 +352,8 @@ class PixelSetData(Dataset):
         x, mask, days = torch.empty(B, S, L * C), torch.zeros(B, L, S), torch.zeros(B, L)
         scale, shift = None, None
         if self.norm is not None:
-            shape = self.n_dates, C
-            scale, shift = self._scale.expand(shape), self._shift.expand(shape)
+            scale, shift = (values.expand(self.n_dates, C).flatten() for values in (self._scale, self._shift))
+        per_date = self.norm is not None and len(self._scale) > 1
 
         def write(i: int) -> int:
             """Writes a parcel's dates that are present, in order, and returns their number."""
@@ -376,19 +376,22 @@ class PixelSetData(Dataset):
             if scale is None:
                 values.copy_(read)
             else:
-                of_date = torch.from_numpy(rows)
-                torch.addcmul(shift[of_date].view(-1), read, scale[of_date].view(-1), out=values)
+                here = slice(0, n * C)
+                if per_date:
+                    here = torch.from_numpy(rows[:, None] * C + np.arange(C)).flatten()
+                torch.addcmul(shift[here], read, scale[here], out=values)
             if places is not None:
                 add_noise(values, places[i], self._noise)
             mask[i, :n, :size] = 1 if missing is None else torch.from_numpy(~missing[:, kept].T).float()
             days[i, :n] = torch.from_numpy(own_days[kept]) + moved[i]
             return n
 
-        def fill(i: int) -> None:
-            n = write(i) if sizes[i] else 0
-            x[i, :, n * C :] = 0
+        def write_all(_: int) -> None:
+            for i, size in enumerate(sizes.tolist()):
+                n = write(i) if size else 0
+                x[i, :, n * C :] = 0
 
-        share(B, lambda: fill)
+        share(1, lambda: write_all)  # much of it is Python's own work, which threads cannot share
         extra = None if self.extra is None else self.extra[items].unsqueeze(1).expand(-1, L, -1)
         return Series(x.view(B, S, L, C).permute(0, 2, 3, 1), mask, extra, days)
 

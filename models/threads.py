@@ -31,7 +31,7 @@ def share(n_parts: int, make_task: Callable[[], Callable[[int], None]]) -> None:
         for part in parts:
             task(part)
 
-    if n_threads <= 1:
+    if torch.get_num_threads() == 1:
         with torch.no_grad():
             work(make_task())
         return
