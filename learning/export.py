@@ -91,9 +91,8 @@ def check_export(path: Path, config: dict[str, Any]) -> None:
             ImportError, prefix="--export: ONNX needs the packages of requirements-export.txt: "
         ):
             import onnxscript  # noqa: F401
-    kind = classifier_name(config)
-    if config["lms"] is None and kind in ("PseGru", "PseTempCNN"):
-        raise UserError(f"--export: a {kind} for varying dates cannot be exported; L-TAE and TAE can.")
+    if config["lms"] is None and classifier_name(config) == "PseGru":  # its export fixes the number of dates
+        raise UserError("--export: a PseGru for varying dates cannot be exported; the other classifiers can.")
 
 
 def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], preset: dict[str, Any]) -> str:

@@ -117,11 +117,13 @@ def interpolate(x: Tensor, days: Tensor, present: Tensor | None, grid: Tensor) -
     days = days.to(grid.dtype)
     if present is None:
         present = torch.ones_like(days, dtype=torch.bool)
-    days, order = days.masked_fill(~present, torch.inf).sort(dim=1, stable=True)
-    last = (present.sum(1, keepdim=True) - 1).clamp(min=0)
-    right = torch.searchsorted(days, grid.expand(len(x), -1).contiguous())
-    left, right = (right - 1).clamp(min=0).minimum(last), right.minimum(last)
+    day, present, at = days.unsqueeze(1), present.unsqueeze(1), grid.unsqueeze(1)  # (B, 1, L), (G, 1)
+    earlier = (day < at) & present
+    later = (day >= at) & present
+    left = torch.where(earlier, day, -torch.inf).argmax(2)  # (B, G)
+    right = torch.where(later, day, torch.inf).argmin(2)
+    left, right = torch.where(earlier.any(2), left, right), torch.where(later.any(2), right, left)
     before, after = days.gather(1, left), days.gather(1, right)
-    share = torch.where(after > before, (grid - before) / (after - before), 0).clamp(0, 1)  # of the right one
-    values = (x.gather(1, order.gather(1, i).unsqueeze(2).expand(-1, -1, x.shape[2])) for i in (left, right))
+    share = torch.where(after > before, (grid - before) / (after - before), 0)  # of the right one
+    values = (x.gather(1, i.unsqueeze(2).expand(-1, -1, x.shape[2])) for i in (left, right))
     return torch.lerp(*values, share.unsqueeze(2))

@@ -111,6 +111,7 @@ def test_ltae_as_pt2(fixed: tuple[Path, Path], pt2: Path, tmp_path: Path) -> Non
         ("--tae --n_head 2 --mlp3 [64,32] --d_model 32", True, ".pt2"),
         ("--gru --hidden_dim 32", False, ".pt2"),
         ("--tcnn", False, ".onnx"),
+        ("--tcnn --nker [8,8] --mlp3 [16] --grid_days 30", True, ".onnx"),
     ],
 )
 def test_other_models(options: str, varying: bool, suffix: str, tmp_path: Path) -> None:

