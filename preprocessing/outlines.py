@@ -143,7 +143,7 @@ def _ids(table: GeoDataFrame, column: str | None, path: str | Path) -> tuple[lis
     if repeated.any():
         raise UserError(
             f"{path}: the id {plain[int(np.argmax(repeated))]!r} in column {column!r} stands more than once "
-            f"({int(repeated.sum())} repeated in all); ids must differ. Without --id_column parcels are numbered."
+            f"({int(repeated.sum())} repeated in all); ids must differ."
         )
     return (None, np.array(plain, np.int64)) if whole else (plain, numbered)
 
