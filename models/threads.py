@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import torch
 
@@ -64,7 +65,8 @@ def _work_alone(numbers: Iterator[int], n_threads: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         processors = sorted(os.sched_getaffinity(0))
         if len(processors) >= n_threads:
-            os.sched_setaffinity(0, processors[number::n_threads])
+            with suppress(OSError):  # a container may not allow it
+                os.sched_setaffinity(0, processors[number::n_threads])
     torch.get_num_threads()  # takes over the number of the process, which would otherwise happen later
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
