@@ -328,7 +328,7 @@ class PixelSetData(Dataset):
                 add_noise(values, places[here].flatten(), self._noise)
 
         if self.device.type == "cpu":
-            share(-(-B // step), lambda: fill)
+            share(-(-B // step), fill)
         else:
             fill(0)
         x = x.view(B, S, L, C)
@@ -391,7 +391,7 @@ class PixelSetData(Dataset):
                 n = write(i) if size else 0
                 x[i, :, n * C :] = 0
 
-        share(1, lambda: write_all)  # much of it is Python's own work, which threads cannot share
+        share(1, write_all)  # much of it is Python's own work, which threads cannot share
         extra = None if self.extra is None else self.extra[items].unsqueeze(1).expand(-1, L, -1)
         return Series(x.view(B, S, L, C).permute(0, 2, 3, 1), mask, extra, days)
 

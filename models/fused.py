@@ -1,17 +1,18 @@
 """mlp1 and the pooling of mean and standard deviation, fused: what `pse.py` writes plainly, fast on a CPU.
 
 The plain form writes the activations of every layer for every row, one row per pixel and date, and reads them
-several times: memory is its limit, not arithmetic. Here the parcels pass a few at a time, in buffers that
-stay in cache and are used again for the next ones, every thread with its own. Nothing is kept for the backward pass,
-which computes the activations once more. What is summed over the batch is summed for every few parcels first, then over
-these in order, so that no result depends on the threads.
+several times: memory is its limit, not arithmetic. Here the parcels pass a few at a time, whose activations stay in
+cache. Nothing is kept for the backward pass, which computes the activations once more. What is summed over the batch
+is summed for every few parcels first, then over these in order, so that no result depends on the threads. What
+they do is written with as few calls as possible, since Python makes one call at a time, whichever thread it is from.
 
-Notation: a row h of k numbers is followed by a 1, so that an affine map is one matrix A (k + 1, m), with
-the bias as its last row.
+Notation: an affine map of rows h of k numbers is one matrix A (k + 1, m), with the bias as its last row.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -40,109 +41,98 @@ def pool_mean_std(
         n_dates: how many dates of each parcel there are, the first ones; all that come after them are left out.
 
     Returns:
-        mean and std, (B, L, E) each; 0 for a date that is left out.
+        mean and std, (B, L, E) each; without meaning for a date that is left out.
     """
     batch = _Batch(pixels, mask, n_dates)
     maps: list[Tensor] = []
     for layer in layers:
         moments = batch_moments(batch, maps, layer.lin.weight) if layer.bn.training else None
         maps.append(fold(layer, moments))
-    mean, std = _Pooling.apply(batch, *maps)
-    return mean.index_select(0, batch.place), std.index_select(0, batch.place)
+    return _Pooling.apply(batch, *maps)
 
 
-class _Part(NamedTuple):
-    """A few parcels of a batch, of equally many dates L.
+@dataclass
+class _Part:
+    """A few parcels of a batch, with equally many dates and of similar size.
 
     Attributes:
-        parcels: their places in the batch's order.
-        rows: of [x, 1] for the pixels x, (p, S, L, C + 1).
-        weight: 1 for a valid pixel, else 0, (p, S, L or 1, 1).
-        size: pixels up to the last valid one; the others count in the batch statistics alone.
+        parcels: their indices, (p,).
+        n_dates: how many dates L they have.
+        pixels: of the whole batch on so many dates, (B, S, L, C).
+        pooled: of these, pixels up to the last valid one of any of the parcels, (B, size, L, C); the others count in
+            the batch statistics alone.
+        weight: 1 for a valid pixel, else 0, (p, L, size); (p, 1, size) if it is the same for all dates.
+        n: how many are valid, (p, L or 1, 1).
     """
 
-    parcels: slice
-    rows: Tensor
+    parcels: Tensor
+    n_dates: int
+    pixels: Tensor
+    pooled: Tensor
     weight: Tensor
-    size: int
+    n: Tensor
 
-    def flat_rows(self) -> Tensor:
-        """All rows, (r, C + 1)."""
-        return self.rows.flatten(0, 2)
+    def all_rows(self) -> Tensor:
+        """(p S L, C)."""
+        return self.pixels.index_select(0, self.parcels).view(-1, self.pixels.shape[3])
 
-    def pooled_rows(self) -> tuple[Tensor, Tensor, tuple[int, int, int]]:
-        """The rows that are pooled, (r, C + 1), their weight (p, size, L or 1, 1), and (p, size, L)."""
-        rows = self.rows[:, : self.size]
-        return rows.reshape(-1, rows.shape[3]), self.weight[:, : self.size], tuple(rows.shape[:3])
+    def pooled_rows(self) -> Tensor:
+        """(p size L, C)."""
+        return self.pooled.index_select(0, self.parcels).view(-1, self.pooled.shape[3])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the valid pixels of x, (p size L, E): (p, 1, L E). May write 0 to x where they are not valid."""
+        p, n_weights, size = self.weight.shape
+        if n_weights == 1:  # one product per parcel
+            return torch.bmm(self.weight, x.view(p, size, -1))
+        return self.leave_out(x).view(p, size, -1).sum(1, keepdim=True)
+
+    def leave_out(self, x: Tensor) -> Tensor:
+        """Writes 0 to the rows x, (p size L, E), that are not valid."""
+        return x.index_fill_(0, self._absent, 0) if len(self._absent) else x
+
+    @cached_property
+    def _absent(self) -> Tensor:
+        """Which rows are not valid: few, where a product with the weight would pass over all."""
+        absent = (self.weight == 0).transpose(1, 2).expand(-1, -1, self.n_dates)
+        return absent.flatten().nonzero().squeeze(1)
 
 
 class _Batch:
     """A batch, cut into parts that stay in cache. See `pool_mean_std` for the arguments.
 
-    Parcels with equally many dates go together and, among these, parcels of similar size: most of what only fills
-    sets up can then be left out of the pooling.
-
     Attributes:
-        parts: of the parcels in the batch's order.
-        place: where each parcel is in that order, (B,).
-        n_rows: number of rows.
-        shape: (B, L).
+        parts: all parcels that have dates.
+        n: valid pixels, (B, L or 1, 1).
+        n_rows: pixels of all dates that there are, those included that only fill sets up.
+        shape: (B, L, C).
         dtype: of the pixels.
     """
 
     def __init__(self, pixels: Tensor, mask: Tensor, n_dates: Sequence[int] | None) -> None:
         B, L, C, S = pixels.shape
-        if mask.stride(1) == 0:
-            mask = mask[:, :1]  # one mask for all dates, as the loader gives it
-        weight = mask.to(pixels.dtype).transpose(1, 2).unsqueeze(3)  # (B, S, L or 1, 1)
-        slots = torch.arange(1, S + 1)
-        sizes = ((mask != 0).any(1) * slots).amax(1).clamp(min=1).tolist()
+        if mask.stride(1) == 0 or (n_dates is None and (mask == mask[:, :1]).all()):
+            mask = mask[:, :1]  # one for all dates
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()  # (B, S, L, C), as the loader gives them
         dates = [L] * B if n_dates is None else n_dates
-        order = sorted(range(B), key=lambda parcel: (dates[parcel], sizes[parcel]))
-        self.place = torch.tensor(order).argsort()
-        self.shape, self.dtype = (B, L), pixels.dtype
+        sizes = ((mask != 0).any(1) * torch.arange(1, S + 1)).amax(1).clamp(min=1).tolist()
+        weight = mask.to(pixels.dtype)
+        self.n = weight.sum(2, keepdim=True)
         self.n_rows = S * sum(dates)
-        rows, weight = pixels.new_empty(self.n_rows, C + 1), weight[torch.tensor(order)]
+        self.shape, self.dtype = (B, L, C), pixels.dtype
         self.parts: list[_Part] = []
-        start = first_row = 0
-        for n, group in itertools.groupby(dates[parcel] for parcel in order):
-            end = start + len(list(group))
-            step = max(1, _PART_ROWS // (S * max(n, 1)))
-            for i in range(start if n else end, end, step):
-                parcels = slice(i, min(i + step, end))
-                last_row = first_row + (parcels.stop - i) * S * n
-                part_rows = rows[first_row:last_row].view(-1, S, n, C + 1)
-                size = max(sizes[parcel] for parcel in order[parcels])
-                part_weight = weight[parcels][:, :, :n]
-                if (part_weight == part_weight[:, :, :1]).all():
-                    part_weight = part_weight[
-                        :, :, :1
-                    ]  # with one mask for all dates, sums are matrix products
-                self.parts.append(_Part(parcels, part_rows, part_weight, size))
-                first_row = last_row
-            start = end
-
-        pixels = pixels.permute(0, 3, 1, 2)
-
-        def make_task() -> Callable[[int], None]:
-            def fill(i: int) -> None:
-                part = self.parts[i]
-                part.rows[..., C] = 1
-                for row, parcel in zip(part.rows, order[part.parcels]):
-                    row[..., :C] = pixels[parcel, :, : row.shape[1]]
-
-            return fill
-
-        share(len(self.parts), make_task)
-
-    def like_pooled(self, n_features: int) -> Tensor:
-        """Zeros for every date of every parcel, (B, L, n_features)."""
-        return torch.zeros(*self.shape, n_features, dtype=self.dtype)
-
-    @property
-    def most_rows(self) -> int:
-        """Rows of the largest part."""
-        return max((part.rows[..., 0].numel() for part in self.parts), default=0)
+        order = sorted((parcel for parcel in range(B) if dates[parcel]), key=lambda i: (dates[i], sizes[i]))
+        for L, group in itertools.groupby(order, key=dates.__getitem__):
+            parcels = torch.tensor(list(group))
+            step = max(1, _PART_ROWS // (S * L))
+            on_dates = pixels[:, :, :L]
+            few = (x.split(step) for x in (parcels, weight[parcels, :L], self.n[parcels, :L]))
+            for parcels, w, n in zip(*few):
+                size = sizes[parcels[-1]]
+                w = w[:, :, :size]
+                if w.shape[1] > 1 and (w == w[:, :1]).all():
+                    w, n = w[:, :1], n[:, :1]
+                self.parts.append(_Part(parcels, L, on_dates, on_dates[:, :size], w, n))
 
 
 class Moments(NamedTuple):
@@ -216,47 +206,32 @@ def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
     return Moments(n, sum_over_ranks(_Moments.apply(batch, torch.float64, V, *maps)), V)
 
 
-class _Layers:
-    """Folded layers, h_l = relu([h_{l-1}, 1] A_l), of one chunk of rows at a time, forwards and backwards."""
+def _forward(rows: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    """h_0 = rows, (r, C), to h_n = relu([h_{n-1}, 1] A_n)."""
+    h = [rows]
+    for A in maps:
+        h.append(torch.addmm(A[-1], h[-1], A[:-1]).clamp_min_(0))
+    return h
 
-    def __init__(
-        self, maps: Sequence[Tensor], batch: _Batch, ends_with_one: bool, backward: bool = False
-    ) -> None:
-        self.maps = maps
-        self.widths = [A.shape[1] for A in maps]
-        ones = [True] * (len(maps) - 1) + [ends_with_one]
-        self._h = [
-            torch.ones(batch.most_rows, m + one, dtype=batch.dtype) for m, one in zip(self.widths, ones)
-        ]
-        self._g = [torch.zeros_like(buffer) for buffer in self._h] if backward else []
 
-    def forward(self, rows: Tensor) -> list[Tensor]:
-        """h_0 = rows, (r, C + 1), to h_n, the last with or without the 1; good until the next call."""
-        h = [rows] + [buffer[: len(rows)] for buffer in self._h]
-        for A, m, before, after in zip(self.maps, self.widths, h, h[1:]):
-            torch.mm(before, A, out=after[:, :m])
-            after.relu_()  # leaves the 1 as it is
-        return h
+def _backward(h: list[Tensor], g: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the maps from that of h_n, which is overwritten.
 
-    def like_output(self) -> Tensor:
-        """A buffer as large as that of h_n."""
-        return torch.empty_like(self._h[-1])
+    Of g, the gradient of h_l, relu leaves g [h_l > 0]; A_l gets [h_{l-1}, 1]^T g and h_{l-1} gets g A_l^T,
+    without the bias.
+    """
+    gradients = []
+    for i in reversed(range(len(maps))):
+        torch.ops.aten.threshold_backward.grad_input(g, h[i + 1], 0, grad_input=g)
+        gradients.append(torch.cat([h[i].t() @ g, g.sum(0, keepdim=True)]))
+        if i > 0:
+            g = g @ maps[i][:-1].t()
+    return gradients[::-1]
 
-    def output_gradient(self, n_rows: int) -> Tensor:
-        """Where the gradient of h_n, (n_rows, m), has to be written before `backward`."""
-        return self._g[-1][:n_rows, : self.widths[-1]]
 
-    def backward(self, h: list[Tensor], n_parcels: int, gradients: list[Tensor]) -> None:
-        """Writes a chunk's gradients of the maps: of g, that of h_l, relu leaves g [h_l > 0]; A_l gets [h_{l-1}, 1]^T g and
-        h_{l-1} gets g A_l^T, without the bias.
-        """
-        g = [buffer[: len(h[0])] for buffer in self._g]
-        for i in reversed(range(len(self.maps))):
-            torch.ops.aten.threshold_backward.grad_input(g[i], h[i + 1], 0, grad_input=g[i])
-            g_i = g[i][:, : self.widths[i]]
-            torch.sum(_products(h[i], g_i, n_parcels), dim=0, out=gradients[i])
-            if i > 0:
-                torch.mm(g_i, self.maps[i][:-1].t(), out=g[i - 1][:, : self.widths[i - 1]])
+def _sum_gradients(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Sums of the gradients of all maps over the parts, in their order."""
+    return [torch.stack(gradients).sum(0) for gradients in zip(*parts)]
 
 
 class _Moments(torch.autograd.Function):
@@ -267,22 +242,15 @@ class _Moments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, batch: _Batch, sum_type: torch.dtype, V: Tensor | None, *maps: Tensor) -> Tensor:
-        k = maps[-1].shape[1] if maps else batch.parts[0].rows.shape[3] - 1
+        k = maps[-1].shape[1] if maps else batch.shape[2]
         sums = torch.empty(len(batch.parts), k + 1, k, dtype=torch.float64)
 
-        def make_task() -> Callable[[int], None]:
-            layers = _Layers(maps, batch, ends_with_one=True) if maps else None
+        def add(i: int) -> None:
+            h = _forward(batch.parts[i].all_rows(), maps)[-1].to(sum_type)
+            g = h if V is None else h @ V
+            sums[i, :k], sums[i, k] = g.t() @ g, g.sum(0)
 
-            def add(i: int) -> None:
-                part = batch.parts[i]
-                h = part.flat_rows()
-                h = (layers.forward(h)[-1] if layers else h).to(sum_type)
-                g = h if V is None else torch.cat([h[:, :k] @ V, h[:, k:]], dim=1)
-                sums[i] = _products(g, g[:, :k], len(part.rows)).sum(0)
-
-            return add
-
-        share(len(batch.parts), make_task)
+        share(len(batch.parts), add)
         ctx.save_for_backward(V, *maps)
         ctx.batch = batch
         return sums.sum(0)
@@ -294,24 +262,18 @@ class _Moments(torch.autograd.Function):
         gets V times that.
         """
         batch, (V, *maps) = ctx.batch, ctx.saved_tensors
-        gradients = [A.new_empty(len(batch.parts), *A.shape) for A in maps]
-        D, d = d_sums[:-1], d_sums[-1:]
-        P = D + D.t()
-        P = torch.cat([P, d] if V is None else [V @ P @ V.t(), d @ V.t()]).to(batch.dtype)
+        P, d = d_sums[:-1] + d_sums[:-1].t(), d_sums[-1]
+        if V is not None:
+            P, d = V @ P @ V.t(), V @ d
+        P, d = P.to(batch.dtype), d.to(batch.dtype)
+        gradients: list[Sequence[Tensor]] = [()] * len(batch.parts)
 
-        def make_task() -> Callable[[int], None]:
-            layers = _Layers(maps, batch, ends_with_one=True, backward=True)
+        def add(i: int) -> None:
+            h = _forward(batch.parts[i].all_rows(), maps)
+            gradients[i] = _backward(h, torch.addmm(d, h[-1], P), maps)
 
-            def add(i: int) -> None:
-                part = batch.parts[i]
-                h = layers.forward(part.flat_rows())
-                torch.mm(h[-1], P, out=layers.output_gradient(len(h[-1])))
-                layers.backward(h, len(part.rows), [gradient[i] for gradient in gradients])
-
-            return add
-
-        share(len(batch.parts), make_task)
-        return None, None, None, *(gradient.sum(0) for gradient in gradients)
+        share(len(batch.parts), add)
+        return None, None, None, *_sum_gradients(gradients)
 
 
 class _Pooling(torch.autograd.Function):
@@ -322,26 +284,22 @@ class _Pooling(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, batch: _Batch, *maps: Tensor) -> tuple[Tensor, Tensor]:
-        mean, std = (batch.like_pooled(maps[-1].shape[1]) for _ in range(2))
+        B, L, _ = batch.shape
+        E = maps[-1].shape[1]
+        mean, variance = torch.zeros(2, B, 1, L * E, dtype=batch.dtype)
 
-        def make_task() -> Callable[[int], None]:
-            layers = _Layers(maps, batch, ends_with_one=False)
-            buffer = layers.like_output()
+        def pool(i: int) -> None:
+            part = batch.parts[i]
+            z = _forward(part.pooled_rows(), maps)[-1]
+            m = part.sum(z)
+            m.view(len(m), part.n_dates, E).div_(part.n)
+            deviation = z.view(len(m), -1, part.n_dates * E).sub_(m).square_().view_as(z)
+            for sums, x in ((mean, m), (variance, part.sum(deviation))):
+                sums[:, :, : part.n_dates * E].index_copy_(0, part.parcels, x)
 
-            def pool(i: int) -> None:
-                rows, w, shape = batch.parts[i].pooled_rows()
-                n = w.sum(1)
-                z = layers.forward(rows)[-1]
-                deviation, z = (x.view(*shape, -1) for x in (buffer[: len(z)], z))
-                m = _weighted_sum(w, z).div_(n)
-                torch.sub(z, m.unsqueeze(1), out=deviation).square_()
-                v = _weighted_sum(w, deviation).div_((n - 1).clamp(min=1))
-                here = batch.parts[i].parcels, slice(0, shape[2])
-                mean[here], std[here] = m, v.add_(1e-31).sqrt_()
-
-            return pool
-
-        share(len(batch.parts), make_task)
+        share(len(batch.parts), pool)
+        mean, variance = mean.view(B, L, E), variance.view(B, L, E)
+        std = variance.div_((batch.n - 1).clamp(min=1)).add_(1e-31).sqrt_()
         ctx.save_for_backward(mean, std, *maps)
         ctx.batch = batch
         return mean, std
@@ -355,39 +313,18 @@ class _Pooling(torch.autograd.Function):
         say, has std 3e-16 from the constant under the root; its deviations are 0, and so is its gradient.
         """
         batch, (mean, std, *maps) = ctx.batch, ctx.saved_tensors
-        gradients = [A.new_empty(len(batch.parts), *A.shape) for A in maps]
+        slope = torch.where(std > 1e-15, d_std / ((batch.n - 1).clamp(min=1) * std), 0)
+        offset = d_mean / batch.n - slope * mean
+        slope, offset = slope.unsqueeze(1), offset.unsqueeze(1)
+        gradients: list[Sequence[Tensor]] = [()] * len(batch.parts)
 
-        def make_task() -> Callable[[int], None]:
-            layers = _Layers(maps, batch, ends_with_one=False, backward=True)
+        def add(i: int) -> None:
+            part = batch.parts[i]
+            h = _forward(part.pooled_rows(), maps)
+            a, b = (x[:, :, : part.n_dates].index_select(0, part.parcels) for x in (slope, offset))
+            z = h[-1].view(len(a), -1, part.n_dates, a.shape[3])
+            g = part.leave_out(torch.addcmul(b, a, z).view_as(h[-1]))
+            gradients[i] = _backward(h, g, maps)
 
-            def add(i: int) -> None:
-                rows, w, shape = batch.parts[i].pooled_rows()
-                n = w.sum(1)
-                here = batch.parts[i].parcels, slice(0, shape[2])
-                slope = torch.where(std[here] > 1e-15, d_std[here] / ((n - 1).clamp(min=1) * std[here]), 0)
-                offset = d_mean[here] / n - slope * mean[here]
-                activations = layers.forward(rows)
-                z = activations[-1].view(*shape, -1)
-                g = layers.output_gradient(len(activations[-1])).view_as(z)
-                torch.addcmul(offset.unsqueeze(1), z, slope.unsqueeze(1), out=g).mul_(w)
-                layers.backward(activations, shape[0], [gradient[i] for gradient in gradients])
-
-            return add
-
-        share(len(batch.parts), make_task)
-        return None, *(gradient.sum(0) for gradient in gradients)
-
-
-def _products(a: Tensor, b: Tensor, n_parcels: int) -> Tensor:
-    """a^T b of every parcel: their sum rounds less than one long product."""
-    a, b = (x.unflatten(0, (n_parcels, -1)) for x in (a, b))
-    return torch.bmm(a.transpose(1, 2), b)
-
-
-def _weighted_sum(w: Tensor, x: Tensor) -> Tensor:
-    """Sum over the pixels of x (p, S, L, E), weighted by w (p, S, L or 1, 1): (p, L, E). May write 0 to x where w is 0."""
-    if w.shape[2] == 1:  # one product per parcel
-        return torch.bmm(w.view(len(w), 1, -1), x.flatten(2)).view(len(x), *x.shape[2:])
-    absent = (w.flatten() == 0).nonzero().squeeze(1)  # few rows, where a product with w would pass over all
-    x.view(-1, x.shape[3]).index_fill_(0, absent, 0)
-    return x.sum(1)
+        share(len(batch.parts), add)
+        return None, *_sum_gradients(gradients)

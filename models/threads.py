@@ -18,26 +18,25 @@ _teams: dict[int, ThreadPoolExecutor] = {}
 _lock = threading.Lock()
 
 
-def share(n_parts: int, make_task: Callable[[], Callable[[int], None]]) -> None:
+def share(n_parts: int, do: Callable[[int], None]) -> None:
     """Does parts 0..n_parts - 1 of some work, without gradients, on as many threads as PyTorch uses.
 
     Args:
         n_parts: number of parts. Which thread does which is left to chance, so a part must not depend on another.
-        make_task: called once for each thread, gives what does one part; it can prepare buffers that are used again.
+        do: does one part.
     """
-    n_threads = min(torch.get_num_threads(), n_parts)
     parts = iter(range(n_parts))
 
-    def work(task: Callable[[int], None]) -> None:
+    def work() -> None:
         for part in parts:
-            task(part)
+            do(part)
 
     if torch.get_num_threads() == 1:
         with torch.no_grad():
-            work(make_task())
+            work()
         return
-    futures = [_team().submit(work, task) for task in [make_task() for _ in range(n_threads)]]
-    for future in futures:
+    n_threads = min(torch.get_num_threads(), n_parts)
+    for future in [_team().submit(work) for _ in range(n_threads)]:
         future.result()
 
 

@@ -21,16 +21,10 @@ def n_threads(request):
     torch.set_num_threads(before)
 
 
-def run(n_parts: int) -> list[tuple[int, int, int, bool]]:
-    """What every part saw: its number, that of its task, PyTorch's threads, and whether gradients are on."""
-    tasks: list[int] = []
-    seen: list[tuple[int, int, int, bool]] = []
-
-    def make_task():
-        tasks.append(number := len(tasks))
-        return lambda i: seen.append((i, number, torch.get_num_threads(), torch.is_grad_enabled()))
-
-    share(n_parts, make_task)
+def run(n_parts: int) -> list[tuple[int, int, bool]]:
+    """What every part saw: its number, PyTorch's threads, and whether gradients are on."""
+    seen: list[tuple[int, int, bool]] = []
+    share(n_parts, lambda i: seen.append((i, torch.get_num_threads(), torch.is_grad_enabled())))
     assert sorted(i for i, *_ in seen) == list(range(n_parts))
     return seen
 
@@ -45,7 +39,7 @@ def test_every_part_is_done_once_by_single_threads_without_gradients(n_threads, 
 
 def test_parts_within_parts_wait_for_no_other_thread(n_threads):
     done: list[int] = []
-    share(4, lambda: lambda i: share(3, lambda: lambda j: done.append(3 * i + j)))
+    share(4, lambda i: share(3, lambda j: done.append(3 * i + j)))
     assert sorted(done) == list(range(12))
 
 
@@ -54,7 +48,7 @@ def test_an_error_in_a_part_reaches_the_caller(n_threads):
         raise ZeroDivisionError(i)
 
     with pytest.raises(ZeroDivisionError):
-        share(4, lambda: fail)
+        share(4, fail)
     run(4)  # and the threads still serve
 
 
