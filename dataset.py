@@ -36,7 +36,7 @@ from preprocessing.metadata import (
 from preprocessing.moments import NORM, PUBLISHED_NORM
 from preprocessing.store import check_folder, find_missing, list_parcels, open_store
 
-PARCELS_PER_PART = 8  # a batch is prepared in parts that stay in the cache
+PARCELS_PER_PART = 32  # a batch is prepared in parts that stay in the cache
 UNKNOWN = -1  # target of a parcel without a label among the classes
 
 

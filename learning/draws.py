@@ -91,31 +91,35 @@ def _permute(x: Tensor, a: Tensor, b: Tensor, *round_keys: Tensor) -> Tensor:
     left = x // b
     right = x - left * b
     for key_left, key_right in zip(round_keys[::2], round_keys[1::2]):
-        left = left + _below(_mix_once(right + key_left), a)
-        left = torch.where(left >= a, left - a, left)
-        right = right + _below(_mix_once(left + key_right), b)
-        right = torch.where(right >= b, right - b, right)
+        left = _add_modulo(left, _below(_mix_once(right + key_left), a), a)
+        right = _add_modulo(right, _below(_mix_once(left + key_right), b), b)
     return left * b + right
+
+
+def _add_modulo(x: Tensor, y: Tensor, n: Tensor) -> Tensor:
+    """(x + y) % n for x and y from 0 to n - 1: n is taken off, and added again where that gives less than 0."""
+    x = y.add_(x).sub_(n)
+    return x.add_((x >> 63) & n)
 
 
 def _below(hashed: Tensor, n: Tensor | int) -> Tensor:
     """Maps hashes evenly to 0..n-1, for n < 2^31."""
-    return (_shift(hashed, 33) * n) >> 31
+    return _shift(hashed, 33).mul_(n).bitwise_right_shift_(31)
 
 
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of splitmix64: every bit of x changes about half of the result's."""
-    x = (x ^ _shift(x, 30)) * _MULTIPLIERS[0]
-    x = (x ^ _shift(x, 27)) * _MULTIPLIERS[1]
-    return x ^ _shift(x, 31)
+    x = _shift(x, 30).bitwise_xor_(x).mul_(_MULTIPLIERS[0])
+    x = _shift(x, 27).bitwise_xor_(x).mul_(_MULTIPLIERS[1])
+    return _shift(x, 31).bitwise_xor_(x)
 
 
 def _mix_once(x: Tensor) -> Tensor:
     """A cheaper hash, whose high bits are good, for the rounds of the permutation."""
     x = x * _MULTIPLIERS[0]
-    return (x ^ _shift(x, 32)) * _MULTIPLIERS[1]
+    return _shift(x, 32).bitwise_xor_(x).mul_(_MULTIPLIERS[1])
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
