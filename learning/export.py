@@ -91,8 +91,6 @@ def check_export(path: Path, config: dict[str, Any]) -> None:
             ImportError, prefix="--export: ONNX needs the packages of requirements-export.txt: "
         ):
             import onnxscript  # noqa: F401
-    if config["lms"] is None and classifier_name(config) == "PseGru":  # its export fixes the number of dates
-        raise UserError("--export: a PseGru for varying dates cannot be exported; the other classifiers can.")
 
 
 def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], preset: dict[str, Any]) -> str:
@@ -105,7 +103,7 @@ def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], p
         typed, preset: architecture flags, and the preset's settings.
 
     Raises:
-        UserError: if weights or file are not as expected, or the model cannot be exported.
+        UserError: if weights or file are not as expected, or this PyTorch cannot export the model.
     """
     is_run = (weight_dir / CONFIG).exists()
     if is_run and (typed or preset):
@@ -147,7 +145,7 @@ def export(
     varying, n_extra = config["lms"] is None, config["n_extra"]
     model = Exported(ensemble, n_extra > 0, varying, norm, extra_norm).eval()
     B, L, C, S = 2, config["lms"] or 5, config["input_dim"], 3
-    batch, dates, pixels = (torch.export.Dim(name) for name in ("batch", "dates", "pixels"))
+    batch, dates, pixels = (torch.export.Dim(name, max=2**31 - 1) for name in ("batch", "dates", "pixels"))
     first = {0: batch, 1: dates} if varying else {0: batch}
     inputs = {
         "pixels": (torch.zeros(B, L, C, S), {**first, 3: pixels}),
@@ -159,13 +157,20 @@ def export(
         inputs["days"] = torch.zeros(B, L), first
     names, (examples, shapes) = list(inputs), zip(*inputs.values())
     others = [tuple(shapes[2:])] if shapes[2:] else []  # those of *others
-    with warnings.catch_warnings():
+    name = classifier_name(config)
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nn.GRU lists its weights twice
-        program = torch.export.export(
-            model, tuple(examples), dynamic_shapes=(*shapes[:2], *others), strict=False
-        )
+        try:
+            program = torch.export.export(
+                model, tuple(examples), dynamic_shapes=(*shapes[:2], *others), strict=False
+            )
+        except Exception as error:  # as 2.6 does for a GRU and varying dates
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"--export: PyTorch {torch.__version__} cannot export this {name}; 2.13 can. It says: {reason}"
+            ) from error
     about = {
-        "classifier": classifier_name(config),
+        "classifier": name,
         "members": len(ensemble.members),
         "classes": [str(label) for label in classes],
         "class_names": config.get("class_names") or {},

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from models.layers import Positions, PositionalTable, check_all_dates, mlp
@@ -41,9 +42,30 @@ class GRU(nn.Module):
             x = self.position_enc(x, days)
         if present is None:
             return self.gru_cell(x)[0][:, -1]
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # exported
+            return self._by_dates(x, present)
         lengths = present.sum(1).clamp(min=1).cpu()
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return self.gru_cell(packed)[1][0]  # the state after each parcel's last date
+
+    def _by_dates(self, x: Tensor, present: Tensor) -> Tensor:
+        """The same date by date, in a form whose export takes any number of them: absent ones leave the state as it is."""
+        cell, n_dates = self.gru_cell, x.shape[1]
+        inputs = linear(x, cell.weight_ih_l0, cell.bias_ih_l0)  # of all dates and gates, (B, L, 3 hidden_dim)
+
+        def is_left(date: Tensor, state: Tensor) -> Tensor:
+            return date < n_dates
+
+        def step(date: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            here = inputs.index_select(1, date.view(1)).squeeze(1)
+            r_x, z_x, n_x = here.chunk(3, dim=1)
+            r_h, z_h, n_h = linear(state, cell.weight_hh_l0, cell.bias_hh_l0).chunk(3, dim=1)
+            z = torch.sigmoid(z_x + z_h)
+            new = (1 - z) * torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h) + z * state
+            return date + 1, torch.where(present.index_select(1, date.view(1)), new, state)
+
+        first = torch.zeros((), dtype=torch.int64, device=x.device)
+        return torch.while_loop(is_left, step, (first, x.new_zeros(x.shape[0], self.output_dim)))[1]
 
 
 class TempConv(nn.Module):

@@ -6,16 +6,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from dataset import PixelSetData
 from learning.export import Exported, check_export
 from learning.options import CLASSES_20
 from learning.results import load_normalisation
 from learning.runs import load_classifiers
+from models.series import Series
 from models.stclassifier import Ensemble, PseLTae
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder, write_meta
 
+NEW_TORCH = pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.13"), reason="older versions cannot export torch.while_loop"
+)
 SMALL = "--epochs 1 --n_head 4 --mlp3 [64,32]"
 
 
@@ -67,7 +72,7 @@ def compare(path: Path, folder: Path, weights: Path, fold: str) -> list[str]:
     extra = "geomfeat" if config["n_extra"] else None
     data = PixelSetData(folder, None, 6, norm=norm, extra_feature=extra, extra_stats=extra_norm).evaluation(1)
     x, _ = data.batch(range(len(data)))
-    ours = load_classifiers(weights, config, data.n_extra, data.date_positions, "cpu", fold)(x)
+    ensemble = load_classifiers(weights, config, data.n_extra, data.date_positions, "cpu", fold)
     raw = (
         PixelSetData(folder, None, 6).evaluation(1).batch(range(len(data)))[0]
     )  # neither normalised nor scaled
@@ -78,20 +83,31 @@ def compare(path: Path, folder: Path, weights: Path, fold: str) -> list[str]:
     if data.varying:
         inputs["days"] = raw.days
     if path.suffix == ".pt2":
-        result = torch.export.load(path).module()(*inputs.values()).detach().numpy()
+        model = torch.export.load(path).module()
+
+        def predict(*values: torch.Tensor) -> np.ndarray:
+            return model(*values).detach().numpy()
+
     else:
         onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-export.txt is not installed")
         session = onnxruntime.InferenceSession(path)
         assert [entry.name for entry in session.get_inputs()] == list(inputs)
-        one = {
-            name: values[:1, ..., :1].numpy() if name in ("pixels", "mask") else values[:1].numpy()
-            for name, values in inputs.items()
-        }
-        assert session.run(None, one)[0].shape == (1, ours.shape[1])  # another number of parcels and pixels
-        result = session.run(None, {name: values.contiguous().numpy() for name, values in inputs.items()})[0]
-    np.testing.assert_allclose(
-        result, ours.numpy(), atol=1e-5, rtol=1e-5
-    )  # far from 0, a logarithm has fewer decimals
+
+        def predict(*values: torch.Tensor) -> np.ndarray:
+            named = {name: value.contiguous().numpy() for name, value in zip(inputs, values)}
+            return session.run(None, named)[0]
+
+    def assert_same(found: np.ndarray, x: object) -> None:
+        # far from 0, a logarithm has fewer decimals
+        np.testing.assert_allclose(found, ensemble(x).numpy(), atol=1e-5, rtol=1e-5)
+
+    assert_same(predict(*inputs.values()), x)
+    # Another number of parcels and pixels, and of dates where these vary.
+    one = [value[:1, ..., :1] if name in ("pixels", "mask") else value[:1] for name, value in inputs.items()]
+    assert predict(*one).shape == (1, config["num_classes"])
+    if data.varying:
+        few = [value if name == "extra" else value[:, :3] for name, value in inputs.items()]
+        assert_same(predict(*few), Series(*(None if value is None else value[:, :3] for value in x)))
     return list(inputs)
 
 
@@ -110,6 +126,8 @@ def test_ltae_as_pt2(fixed: tuple[Path, Path], pt2: Path, tmp_path: Path) -> Non
         (SMALL, True, ".onnx"),
         ("--tae --n_head 2 --mlp3 [64,32] --d_model 32", True, ".pt2"),
         ("--gru --hidden_dim 32", False, ".pt2"),
+        pytest.param("--gru --hidden_dim 32", True, ".pt2", marks=NEW_TORCH),
+        pytest.param("--gru --hidden_dim 32", True, ".onnx", marks=NEW_TORCH),
         ("--tcnn", False, ".onnx"),
         ("--tcnn --nker [8,8] --mlp3 [16] --grid_days 30", True, ".onnx"),
     ],
@@ -189,8 +207,23 @@ def test_wrong_input(
 
 
 def test_what_cannot_be_exported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="a PseGru for varying dates cannot be exported"):
-        check_export(Path("model.pt2"), {"gru": True, "lms": None})
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ValueError, match="ONNX needs the packages of requirements-export.txt"):
         check_export(Path("model.onnx"), {"lms": 24})
+
+
+def test_a_model_that_this_pytorch_cannot_export(
+    fixed: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such operation\nand more")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(SystemExit, match="2"):
+        run_inference(*fixed, tmp_path / "out", f"--export {tmp_path / 'model.pt2'}", monkeypatch)
+    said = capsys.readouterr().err
+    assert "cannot export this PseLTae" in said and "no such operation" in said and "and more" not in said
+    assert not list(tmp_path.iterdir())
