@@ -49,11 +49,14 @@ def choose_pixels(keys: Tensor, sizes: Tensor, npixel: int) -> Tensor:
     n = sizes[large]
     a = n.double().sqrt().ceil().long()
     b = (n + a - 1) // a
-    round_keys = [_mix(keys[large] + i) for i in range(2 * _ROUNDS)]
-    chosen = _permute(slots, *(x.unsqueeze(1) for x in (a, b, *round_keys)))
+    rounds = torch.arange(2 * _ROUNDS, device=sizes.device).unsqueeze(1)
+    numbers = torch.cat(
+        [a.unsqueeze(0), b.unsqueeze(0), _mix(keys[large] + rounds)]
+    )  # a, b and the round keys
+    chosen = _permute(slots, *numbers.unsqueeze(2))
     row, slot = (chosen >= n.unsqueeze(1)).nonzero(as_tuple=True)
     while len(row):  # less than one in sqrt(n)
-        walked = _permute(chosen[row, slot], *(x[row] for x in (a, b, *round_keys)))
+        walked = _permute(chosen[row, slot], *numbers[:, row])
         chosen[row, slot] = walked
         outside = walked >= n[row]
         row, slot = row[outside], slot[outside]

@@ -53,7 +53,7 @@ class PositionalTable(nn.Module):
             if torch.compiler.is_compiling():  # how many days differ is not known when a model is exported
                 return x + self.encode(days.flatten()).to(x.dtype).view(*days.shape, -1)
             different, index = torch.unique(days, return_inverse=True)  # many parcels share a day
-            return x + self.encode(different).to(x.dtype)[index]
+            return x + self.encode(different).to(x.dtype).index_select(0, index.flatten()).view_as(x)
         if self.weight is None:
             raise ValueError("this model computes positions from days; give it a models.series.Series.")
         rows = self.weight[self.first_row : self.first_row + x.shape[1]]
