@@ -233,9 +233,10 @@ def _backward(h: list[Tensor], g: Tensor, maps: Sequence[Tensor]) -> list[Tensor
     return gradients[::-1]
 
 
-def _sum_gradients(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def _sum_gradients(parts: Sequence[Sequence[Tensor]], maps: Sequence[Tensor]) -> list[Tensor]:
     """Sums of the gradients of all maps over the parts, in their order."""
-    return [torch.stack(gradients).sum(0) for gradients in zip(*parts)]
+    of_maps = zip(*parts) if parts else [()] * len(maps)
+    return [torch.stack([torch.zeros_like(A), *gradients]).sum(0) for A, gradients in zip(maps, of_maps)]
 
 
 class _Moments(torch.autograd.Function):
@@ -277,7 +278,7 @@ class _Moments(torch.autograd.Function):
             gradients[i] = _backward(h, torch.addmm(d, h[-1], P), maps)
 
         share(len(batch.parts), add)
-        return None, None, None, *_sum_gradients(gradients)
+        return None, None, None, *_sum_gradients(gradients, maps)
 
 
 class _Pooling(torch.autograd.Function):
@@ -331,4 +332,4 @@ class _Pooling(torch.autograd.Function):
             gradients[i] = _backward(h, g, maps)
 
         share(len(batch.parts), add)
-        return None, *_sum_gradients(gradients)
+        return None, *_sum_gradients(gradients, maps)

@@ -244,6 +244,13 @@ def test_gradients_in_single_precision() -> None:
             assert relative_error(q.grad.double(), p.grad) < 1e-4, name
 
 
+def test_a_batch_without_any_date_has_no_gradient() -> None:
+    encoder, (pixels, mask) = build().eval(), draw_batch()
+    mean, std = fused.pool_mean_std(pixels, mask, encoder.mlp1, [0] * B)
+    (mean.sum() + std.sum()).backward()
+    assert all(p.grad is None or not p.grad.any() for p in encoder.parameters())
+
+
 def test_accumulated_gradients() -> None:
     encoder = build().train()
     backward(run_fused(encoder, draw_batch()))
