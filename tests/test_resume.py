@@ -80,10 +80,10 @@ def test_packing_that_is_killed_is_made_again(tmp_path: Path) -> None:
     open_store(folder)
     seconds = time.monotonic() - begin
     packed = {name: data for name, data in contents(folder).items() if name.startswith("PACKED")}
-    for path in folder.glob("PACKED-*"):
-        shutil.rmtree(path)
 
     def run() -> int:
+        for path in folder.glob("PACKED-*"):  # finished before it was killed
+            shutil.rmtree(path)
         return start(lambda: open_store(folder), [], tmp_path / "log")
 
     assert kill_and_repeat(run, 40 if LONG else 8, seconds, seed=2)
