@@ -349,27 +349,30 @@ class PixelSetData(Dataset):
         keys = parcel_keys(stream_key("dates", *draw), self._ids[items])
         left_out = (uniform_values(keys, L) < self.temporal_dropout).numpy()
         moved = (uniform_values(keys + 1, 1) * (2 * self.temporal_shift + 1)).long() - self.temporal_shift
-        x, mask, days = torch.empty(B, S, L * C), torch.zeros(B, L, S), torch.zeros(B, L)
+        x, moved = torch.empty(B, S, L * C), moved.flatten().tolist()
+        mask, days = np.zeros((B, L, S), np.float32), np.zeros((B, L), np.float32)
         scale, shift = None, None
         if self.norm is not None:
             scale, shift = (values.expand(self.n_dates, C).flatten() for values in (self._scale, self._shift))
         per_date = self.norm is not None and len(self._scale) > 1
 
-        def write(i: int) -> int:
+        def write(i: int, size: int) -> int:
             """Writes a parcel's dates that are present, in order, and returns their number."""
             place, (own_days, rows) = parcels[i], self.calendar(numbers[i])
-            size, T, width = int(sizes[i]), len(rows), len(rows) * C
-            raw = self.store.parcel(place).reshape(-1, width).take(pixels[i], axis=0)
-            missing, there = None, np.ones(T, bool)
-            if not self.store.complete[place]:
-                missing = _fill_missing(raw.reshape(S, T, C), self.store.nodata)[:size, rows]
-                there = ~missing.all(0)
-                if not there.any():
-                    return 0
-            kept = there & ~left_out[i, :T]
-            if not kept.any():  # one is left in any case
-                kept[np.argmax(there)] = True
-            n, rows = int(kept.sum()), rows[kept]
+            T = n = len(rows)
+            raw = self.store.parcel(place).reshape(-1, T * C).take(pixels[i], axis=0)
+            missing = None
+            if self.temporal_dropout or not self.store.complete[place]:
+                there = np.ones(T, bool)
+                if not self.store.complete[place]:
+                    missing = _fill_missing(raw.reshape(S, T, C), self.store.nodata)[:size, rows]
+                    there = ~missing.all(0)
+                    if not there.any():
+                        return 0
+                kept = there & ~left_out[i, :T]
+                if not kept.any():  # one is left in any case
+                    kept[np.argmax(there)] = True
+                n, rows, own_days = int(kept.sum()), rows[kept], own_days[kept]
             if n < T or _is_unordered(rows):
                 raw = raw.reshape(S, T, C).take(rows, axis=1).reshape(S, n * C)
             values, read = x[i, :, : n * C], torch.from_numpy(raw).float()
@@ -382,16 +385,18 @@ class PixelSetData(Dataset):
                 torch.addcmul(shift[here], read, scale[here], out=values)
             if places is not None:
                 add_noise(values, places[i], self._noise)
-            mask[i, :n, :size] = 1 if missing is None else torch.from_numpy(~missing[:, kept].T).float()
-            days[i, :n] = torch.from_numpy(own_days[kept]) + moved[i]
+            mask[i, :n, :size] = 1 if missing is None else ~missing[:, kept].T
+            days[i, :n] = own_days + moved[i]
             return n
 
         def write_all(_: int) -> None:
             for i, size in enumerate(sizes.tolist()):
-                n = write(i) if size else 0
-                x[i, :, n * C :] = 0
+                n = write(i, size) if size else 0
+                if n < L:
+                    x[i, :, n * C :] = 0
 
         share(1, write_all)  # much of it is Python's own work, which threads cannot share
+        mask, days = torch.from_numpy(mask), torch.from_numpy(days)
         extra = None if self.extra is None else self.extra[items].unsqueeze(1).expand(-1, L, -1)
         return Series(x.view(B, S, L, C).permute(0, 2, 3, 1), mask, extra, days)
 
