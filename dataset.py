@@ -417,17 +417,23 @@ class PixelSetData(Dataset):
 
 
 def _fill_missing(pixels: np.ndarray, nodata: float | None) -> np.ndarray:
-    """Which pixels (S, T, C) are missing on which date, (S, T): NaN or `nodata` in all their channels.
+    """Which pixels (S, T, C), contiguous, are missing on which date, (S, T): NaN or `nodata` in all their channels.
 
     As where a set is filled up, a copy of one that is present is put in the place of each.
     """
-    missing = np.isnan(pixels[:, :, 0])  # the first channel tells of most that they are not
-    if nodata is not None:
-        missing |= pixels[:, :, 0] == nodata
-        suspects = pixels[missing]
-        missing[missing] = (np.isnan(suspects) | (suspects == nodata)).all(1)
-    pixel, date = np.nonzero(missing)
-    pixels[pixel, date] = pixels[(~missing).argmax(0)[date], date]
+    T, C = pixels.shape[1:]
+
+    def is_missing(values: np.ndarray) -> np.ndarray:
+        found = values == nodata if nodata is not None else np.zeros(values.shape, bool)
+        return found | np.isnan(values) if values.dtype.kind == "f" else found
+
+    missing = is_missing(pixels[:, :, 0])  # the first channel tells of most that they are not
+    rows, places = pixels.reshape(-1, C), np.flatnonzero(missing)
+    in_all = is_missing(rows[places]).all(1)
+    missing.reshape(-1)[places[~in_all]] = False
+    places = places[in_all]
+    first_present = (~missing).argmax(0) * T + np.arange(T)  # of every date, among the rows
+    rows[places] = rows[first_present[places % T]]
     return missing
 
 
