@@ -1,10 +1,14 @@
 """Progress of whatever takes more than two seconds, and of a training in words."""
 
 import sys
+import threading
 import time
 from collections.abc import Iterable
 
 from tqdm import tqdm
+
+# tqdm's own lock is shared by processes that are forked: one that is killed while it holds it would stop all others.
+tqdm.set_lock(threading.RLock())
 
 
 def progress_bar(steps: Iterable, name: str, unit: str, shown: bool = True) -> tqdm:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import train
+from learning.progress import tqdm
 from learning.results import CONFIG
 from learning.resume import STATE
 from preprocessing.store import open_store
@@ -72,6 +73,17 @@ def test_killed_at_random_moments_gives_the_same_files(
     assert set(again) == set(files)
     assert [name for name in files if again[name] != files[name]] == []
     assert not any(STATE in name for name in again)
+
+
+def test_a_process_killed_while_it_draws_a_bar_stops_no_other(tmp_path: Path) -> None:
+    def die() -> None:
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert wait(start(die, [], tmp_path / "log")) == -signal.SIGKILL
+    for lock in getattr(tqdm.get_lock(), "locks", [tqdm.get_lock()]):
+        assert lock.acquire(timeout=10)
+        lock.release()
 
 
 def test_packing_that_is_killed_is_made_again(tmp_path: Path) -> None:
