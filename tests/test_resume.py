@@ -76,12 +76,16 @@ def test_killed_at_random_moments_gives_the_same_files(
 
 
 def test_a_process_killed_while_it_draws_a_bar_stops_no_other(tmp_path: Path) -> None:
+    shared = tqdm.get_lock()
+
     def die() -> None:
-        with tqdm.get_lock():
+        with shared:
             os.kill(os.getpid(), signal.SIGKILL)
 
     assert wait(start(die, [], tmp_path / "log")) == -signal.SIGKILL
-    for lock in getattr(tqdm.get_lock(), "locks", [tqdm.get_lock()]):
+    for lock in getattr(
+        shared, "locks", [shared]
+    ):  # those of tqdm's default, one for processes and one for threads
         assert lock.acquire(timeout=10)
         lock.release()
 
