@@ -22,6 +22,7 @@ def start(
         return pid
     status = 70
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         os.environ.update(environment or {})
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
