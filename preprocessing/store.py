@@ -3,6 +3,10 @@
 A dataset folder has one file per parcel, (T, C, S). Training reads a random subset of the pixels of random parcels,
 so the store keeps pixels together, (S, T, C) parcel after parcel, in the type of the files; a batch is then a gather of
 rows, a single one where all parcels have equally many dates.
+
+The pixels do not depend on which value means that one is missing. What does, is kept beside them for every such value:
+which parcels are complete, and mean and deviation. Whoever reads a store holds a shared lock on it, and what somebody
+reads is never removed.
 """
 
 import copy
@@ -14,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +30,12 @@ from learning.files import write_bytes
 from learning.progress import progress_bar
 from preprocessing.moments import Moments
 
-FORMAT = 3  # part of every store's name: raise it when the layout changes
+try:
+    import fcntl
+except ImportError:  # on Windows, which does not remove files that are open
+    fcntl = None
+
+FORMAT = 4  # part of every store's name: raise it when the layout changes
 _CHUNK = 2**24  # numbers copied to a device at a time
 
 
@@ -65,15 +74,15 @@ class PixelStore:
     Args:
         path: folder that `open_store` wrote.
         in_memory: whether to read all pixels now; otherwise the file is memory-mapped.
+        nodata: value that, in all channels of a pixel, says that it is missing on a date, as NaN does.
     """
 
-    def __init__(self, path: Path, in_memory: bool = False) -> None:
-        self.path, self.in_memory = path, in_memory
+    def __init__(self, path: Path, in_memory: bool = False, nodata: float | None = None) -> None:
+        self.path, self.in_memory, self.nodata = path, in_memory, nodata
+        self._lock = _hold(path)
         with np.load(path / "index.npz", allow_pickle=False) as index:
             self.ids, self.sizes, self.dates = index["ids"], index["sizes"], index["dates"]
-            self.complete, self.observed = index["complete"], index["observed"]
-            self.n_channels, nodata = int(index["n_channels"]), float(index["nodata"])
-        self.nodata = None if np.isnan(nodata) else nodata
+            self.n_channels = int(index["n_channels"])
         self._check_index()
         self.n_dates = int(self.dates[0]) if (self.dates == self.dates[0]).all() else None
         self._first = np.concatenate([[0], np.cumsum(self.sizes * self.dates * self.n_channels)])
@@ -84,17 +93,18 @@ class PixelStore:
         if self.n_dates is not None:
             self._rows = self._values.reshape(-1, self.n_dates * self.n_channels)
         self._on_device: Tensor | None = None
+        self.complete, self.observed = self._find_missing()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that does not fork opens the file; a copy of its content would be sent to it otherwise.
-        return PixelStore, (self.path, self.in_memory)
+        return PixelStore, (self.path, self.in_memory, self.nodata)
 
     def _check_index(self) -> None:
         """Raises a ValueError if the index is damaged."""
-        columns = self.ids, self.sizes, self.dates, self.complete, self.observed
+        columns = self.ids, self.sizes, self.dates
         kinds = [getattr(values, "dtype", np.dtype("O")).kind for values in columns]
-        if kinds != ["i", "i", "i", "b", "b"] or {values.shape for values in columns} != {(len(self.ids),)}:
-            raise ValueError("index.npz does not hold five columns of numbers")
+        if kinds != ["i", "i", "i"] or {values.shape for values in columns} != {(len(self.ids),)}:
+            raise ValueError("index.npz does not hold three columns of numbers")
         if (
             (np.diff(self.ids) <= 0).any()
             or (self.ids < 0).any()
@@ -102,6 +112,27 @@ class PixelStore:
             or (self.dates < 1).any()
         ):
             raise ValueError("index.npz holds impossible numbers")
+
+    def _find_missing(self) -> tuple[np.ndarray, np.ndarray]:
+        """`complete` and `observed`: as kept beside the pixels, else by looking at all of them.
+
+        Raises:
+            UserError: if a parcel holds values that no model can compute with.
+        """
+        path = self.path / _missing_file(self.nodata)
+        if path.exists():
+            with np.load(path, allow_pickle=False) as found:
+                complete, observed = found["complete"], found["observed"]
+            if {complete.shape, observed.shape} != {self.ids.shape} or {complete.dtype, observed.dtype} != {np.dtype(bool)}:
+                raise ValueError(f"{path.name} does not hold two columns of truth values")
+            return complete, observed
+        complete, observed = np.ones(len(self.ids), bool), self.sizes > 0
+        if self._values.dtype.kind == "f" or self.nodata is not None:
+            for i in progress_bar(range(len(self.ids)), "looking for missing pixels", "parcels"):
+                name, values = Path("DATA", f"{self.ids[i]}.npy"), self.parcel(i).transpose(1, 2, 0)
+                complete[i], observed[i] = _presence(name, values, self.nodata)
+            _keep(path, complete=complete, observed=observed)
+        return complete, observed
 
     def check_unchanged(self) -> None:
         """Raises a UserError if the file was changed or removed after it was opened; see `_file_state`."""
@@ -162,17 +193,14 @@ class PixelStore:
         Args:
             per: "date", for two (T, C) where all parcels have equally many dates, or "channel" for two (C,).
         """
-        cached = self.path / f"statistics-{per}.npz"
+        cached = self.path / f"statistics-{per}-{_nodata_name(self.nodata)}.npz"
         if not cached.exists():
             moments = Moments(per)
             for i in progress_bar(range(len(self.ids)), "mean and standard deviation", "parcels"):
                 values = self.parcel(i).transpose(1, 2, 0)
                 moments.add(values, None if self.complete[i] else find_missing(values, self.nodata))
             mean, std = moments.result()
-            buffer = io.BytesIO()
-            np.savez(buffer, mean=mean, std=std)
-            with suppress(OSError):  # the folder of somebody else may be read, not written
-                write_bytes(cached, buffer.getvalue())
+            _keep(cached, mean=mean, std=std)
             return mean, std
         with np.load(cached, allow_pickle=False) as arrays:
             return arrays["mean"], arrays["std"]
@@ -203,7 +231,7 @@ def open_store(
     if cache_dir is not None:  # several datasets may share it
         whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         parent = Path(cache_dir) / f"{folder.resolve().name}-{whose}"
-    path = parent / f"PACKED-{_fingerprint(files, nodata)}"
+    path = parent / f"PACKED-{_fingerprint(files)}"
     if not path.exists():
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +244,9 @@ def open_store(
                 "make room there or choose another folder with --cache_dir."
             ) from error
     try:
-        store = PixelStore(path, in_memory)
+        store = PixelStore(path, in_memory, nodata)
+    except UserError:
+        raise
     except MemoryError:
         raise UserError(f"the pixels of {folder} do not fit into memory; leave --preload out.") from None
     except Exception as error:  # damaged bytes can fail in any way
@@ -224,7 +254,40 @@ def open_store(
             f"the packed copy {path} is damaged ({error}); remove it, it is made again from the files of DATA."
         ) from error
     _check_dates(folder, store.ids, store.dates, n_dates)
+    if not store.observed.any():
+        meaning = "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
+        raise UserError(f"no pixel of {folder} is present on any date; {meaning}.")
     return store
+
+
+def _hold(path: Path) -> BinaryIO:
+    """A store's index with a shared lock, held until the file is closed in this process and those forked from it."""
+    file = open(path / "index.npz", "rb")
+    if fcntl is not None:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def _remove_unless_read(path: Path) -> None:
+    """Removes a store that nobody has open."""
+    try:
+        with open(path / "index.npz", "rb") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+    except FileNotFoundError:  # it never was complete
+        shutil.rmtree(path, ignore_errors=True)
+    except OSError:  # somebody reads it, or there are no locks to tell
+        pass
+
+
+def _keep(path: Path, **arrays: np.ndarray) -> None:
+    """Keeps arrays in a file beside the pixels, if it can be written: the folder of somebody else may be read only."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    with suppress(OSError, UserError):
+        write_bytes(path, buffer.getvalue())
 
 
 def _file_state(path: Path) -> tuple[int, ...] | None:
@@ -271,9 +334,9 @@ def _list_files(folder: Path) -> dict[int, os.stat_result]:
     return dict(sorted(files.items()))
 
 
-def _fingerprint(files: dict[int, os.stat_result], nodata: float | None) -> str:
-    """Changes whenever a file of DATA is added, removed or written, or other values mean missing ones."""
-    digest = hashlib.sha256(f"format {FORMAT}, missing {nodata}\n".encode())
+def _fingerprint(files: dict[int, os.stat_result]) -> str:
+    """Changes whenever a file of DATA is added, removed or written."""
+    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
     for parcel, stat in files.items():
         digest.update(f"{parcel} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -323,29 +386,23 @@ def _pack(
         for i, (parcel, name) in enumerate(progress_bar(names.items(), "packing files", "files")):
             values = _read_values(name, headers[parcel])
             pixels[first[i] : first[i + 1]] = values.transpose(2, 0, 1).reshape(-1)
-            missing = _check_values(name, values, nodata)
-            if missing is not None:
-                complete[i], observed[i] = False, not missing.all()
-        if not observed.any():
-            raise UserError(f"no pixel of {folder} is present on any date; {_meaning(nodata)}.")
+            complete[i], observed[i] = _presence(name, values, nodata)
         pixels.flush()
         np.savez(
             temporary / "index.npz",
             ids=np.fromiter(names, np.int64),
             sizes=sizes,
             dates=dates,
-            complete=complete,
-            observed=observed,
             n_channels=channels[0],
-            nodata=np.nan if nodata is None else nodata,
         )
+        np.savez(temporary / _missing_file(nodata), complete=complete, observed=observed)
         temporary.chmod(0o755)
         temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for outdated in set(path.parent.glob("PACKED-*")) - {path}:
-        shutil.rmtree(outdated, ignore_errors=True)
+        _remove_unless_read(outdated)
 
 
 def _check_dates(
@@ -362,11 +419,6 @@ def _check_dates(
             f"{folder / 'DATA' / f'{ids[i]}.npy'} has {found[i]} dates, but {folder / 'META' / 'dates.json'} lists {listed}; "
             "they must agree."
         )
-
-
-def _meaning(nodata: float | None) -> str:
-    """What counts as missing."""
-    return "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
 
 
 def _reserve(path: Path) -> None:
@@ -422,6 +474,22 @@ def _read_values(name: Path, header: Header) -> np.ndarray:
             f"{name} changed or vanished while it was read; start again once the dataset is complete."
         )
     return values.reshape(header[0])
+
+
+def _nodata_name(nodata: float | None) -> str:
+    """Part of the names of the files that depend on which value means missing."""
+    return "nan" if nodata is None else f"{nodata:.17g}"
+
+
+def _missing_file(nodata: float | None) -> str:
+    """Name of the file of `PixelStore.complete` and `PixelStore.observed`."""
+    return f"missing-{_nodata_name(nodata)}.npz"
+
+
+def _presence(name: Path, values: np.ndarray, nodata: float | None) -> tuple[bool, bool]:
+    """Whether no pixel of a parcel (T, C, S) is missing on any date, and whether some pixel is present on some date."""
+    missing = _check_values(name, values, nodata)
+    return (True, values.shape[2] > 0) if missing is None else (False, not missing.all())
 
 
 def _check_values(name: Path, values: np.ndarray, nodata: float | None) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """The packed store: its content, when it is made again, and what remains when packing is cut short."""
 
+import copy
 import os
 import pickle
 import shutil
@@ -119,12 +120,73 @@ def rename(data: Path) -> None:
 def test_a_changed_folder_is_packed_again_and_the_old_pack_removed(folder, change):
     first = open_store(folder)
     first.statistics("date")
+    earlier = first.path
+    del first  # what is open is never removed
     change(folder / "DATA")
     second = open_store(folder)
-    assert second.path != first.path and packs(folder) == [second.path.name]
+    assert second.path != earlier and packs(folder) == [second.path.name]
     check(second, folder)
     pixels = read_all(second)
     np.testing.assert_allclose(second.statistics("date")[0].reshape(-1), pixels.mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("in_child", [False, True])
+def test_a_pack_that_is_read_stays(folder, in_child):
+    first = open_store(folder)
+    earlier, pixels = first.path, read_all(first)
+    view = copy.copy(first)
+    if in_child:  # as a loading process, which is forked
+        ready, go = os.pipe(), os.pipe()
+        if not (pid := os.fork()):
+            os.write(ready[1], b"1")
+            os.read(go[0], 1)
+            os._exit(0 if (read_all(view) == pixels).all() and earlier.exists() else 1)
+        os.read(ready[0], 1)
+        del first, view
+    add(folder / "DATA")
+    second = open_store(folder)
+    assert second.path != earlier and earlier.exists()
+    if in_child:
+        os.write(go[1], b"1")
+        assert os.waitpid(pid, 0)[1] == 0
+    else:
+        np.testing.assert_array_equal(read_all(view), pixels)
+        del first, view
+    del second
+    remove(folder / "DATA")
+    third = open_store(folder).path.name
+    assert packs(folder) == [third]  # nobody reads the others now
+
+
+def test_pixels_are_packed_once_for_every_value_that_means_missing(folder, monkeypatch):
+    values = np.load(folder / "DATA" / "7.npy")
+    values[2, :, 0] = 200  # one pixel on one date
+    np.save(folder / "DATA" / "7.npy", values)
+    plain = open_store(folder)
+    monkeypatch.delattr(module, "_pack")
+    other = open_store(folder, nodata=200)
+    place = other.ids.tolist().index(7)
+    assert other.path == plain.path and plain.complete.all()
+    assert np.flatnonzero(~other.complete).tolist() == [place]
+    means = [store.statistics("date")[0] for store in (plain, other)]
+    pixels = read_all(plain).reshape(-1, plain.n_dates, plain.n_channels)
+    present = ~(pixels == 200).all(2)
+    expected = (pixels * present[:, :, None]).sum(0) / present.sum(0)[:, None]
+    np.testing.assert_allclose(means[0], pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(means[1], expected, rtol=1e-6)
+    monkeypatch.setattr(module, "_presence", None)  # known already
+    for nodata, complete in ((None, plain.complete), (200, other.complete)):
+        np.testing.assert_array_equal(open_store(folder, nodata=nodata).complete, complete)
+
+
+def test_infinity_is_refused_unless_it_means_missing(tmp_path):
+    folder = write_folder(tmp_path, 6, dtype=np.float32)
+    values = np.load(folder / "DATA" / "3.npy")
+    values[1, :, 0] = np.inf
+    np.save(folder / "DATA" / "3.npy", values)
+    assert open_store(folder, nodata=np.inf).complete.tolist() == [i != 3 for i in range(1, 7)]
+    with pytest.raises(UserError, match=r"3\.npy contains infinity"):
+        open_store(folder)
 
 
 def test_other_files_beside_the_parcels_do_not_matter(folder):
@@ -331,7 +393,7 @@ def test_statistics_are_computed_once(folder, monkeypatch):
     monkeypatch.delattr(module, "Moments")
     for again in (store, open_store(folder)):
         np.testing.assert_array_equal(again.statistics("date"), (mean, std))
-    assert (store.path / "statistics-date.npz").stat().st_mode & 0o777 == (
+    assert (store.path / "statistics-date-nan.npz").stat().st_mode & 0o777 == (
         store.path / "index.npz"
     ).stat().st_mode & 0o777
 
