@@ -34,6 +34,7 @@ from preprocessing.metadata import (
     season_start_before,
 )
 from preprocessing.moments import NORM, PUBLISHED_NORM
+from preprocessing.settings import EXTRA_FEATURE, DataSettings
 from preprocessing.store import check_folder, find_missing, list_parcels, open_store
 
 PARCELS_PER_PART = 32  # a batch is prepared in parts that stay in the cache
@@ -161,6 +162,50 @@ class PixelSetData(Dataset):
         self._scale, self._shift, self._noise, self._chosen = None, None, None, None
         self.set_norm(norm)
         self._make_noise(int(torch.randint(2**62, ())))
+
+    @classmethod
+    def for_run(
+        cls, folder: str | Path, settings: DataSettings, *, keep_all: bool = False, **options: Any
+    ) -> "PixelSetData":
+        """A dataset read as a run reads it, and normalised as it does if that is known yet.
+
+        Args:
+            folder: the dataset; that of the training, or another to predict.
+            settings: of the run.
+            keep_all: see the class; a dataset without the run's labels is then one without labels.
+            options: other keyword arguments of the class.
+
+        Raises:
+            UserError: saying which file of the folder is not as expected.
+        """
+        folder = Path(folder)
+        check_folder(folder)
+        labels = settings.labels_in(folder) if keep_all else settings.labels
+        dataset = cls(
+            folder,
+            labels,
+            settings.npixel,
+            None if labels is None else settings.classes,
+            extra_feature=EXTRA_FEATURE if settings.n_extra else None,
+            extra_stats=settings.extra_stats,
+            nodata=settings.nodata_in(folder),
+            season_start=settings.season_start,
+            varying=settings.varying,
+            keep_all=keep_all,
+            **options,
+        )
+        if dataset.varying and settings.n_dates is not None:
+            raise UserError(
+                f"the model was trained on dates that all parcels share, but {folder} has other dates for each parcel, or "
+                "observations are missing; train one with --varying_dates."
+            )
+        for what in ("channels", "dates"):
+            expected, found = getattr(settings, f"n_{what}"), getattr(dataset, f"n_{what}")
+            if expected not in (None, found):
+                raise UserError(f"the model was trained on {expected} {what} but {folder} has {found}.")
+        if settings.norm is not None:
+            dataset.set_norm(check_norm(settings.norm, dataset.norm_shape, "the run's normalisation"), in_order=True)
+        return dataset
 
     def _set_days(
         self, days: np.ndarray | dict[int, np.ndarray], season_start: tuple[int, int] | None

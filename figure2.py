@@ -34,7 +34,7 @@ from learning.errors import UserError, run_cli
 from learning.files import write_json
 from learning.options import Parser, positive
 from learning.results import CONFIG, prepare_output
-from learning.resume import check_same_run
+from learning.resume import check_typed_settings
 
 OWN_FLAGS = ("--preset", "--overwrite", "--tae", "--gru", "--tcnn")
 
@@ -108,7 +108,7 @@ def train_claimed(res_dir: Path, name: str, flags: Sequence[str]) -> None:
     try:
         with FileLock(folder / ".claimed", timeout=0):  # let go by the system if the process dies
             if is_finished(folder):
-                check_same_run(folder, vars(parse_train([*flags, "--preset", name])))
+                check_typed_settings(folder, parse_train([*flags, "--preset", name]))
                 print(f"{name}: finished")
                 return
             train_one(folder, name, flags)

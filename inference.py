@@ -3,6 +3,7 @@
 import learning  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,6 @@ from dataset import (
     UNKNOWN,
     BatchSampler,
     PixelSetData,
-    PixelSetData_preloaded,
     batch_loader,
     find_norm,
 )
@@ -23,11 +23,6 @@ from learning.errors import UserError, as_user_error, run_cli
 from learning.export import export_run
 from learning.maps import check_picture, match_outlines, write_map
 from learning.options import (
-    ARCHITECTURE,
-    CLASSES_20,
-    EXTRA_FEATURE,
-    LABELS,
-    NPIXEL,
     Parser,
     add_architecture_options,
     add_data_options,
@@ -35,29 +30,22 @@ from learning.options import (
     classifier_name,
     has_attention,
     natural,
+    positive,
     read_preset,
     resolve_architecture,
+    seed,
     typed_architecture,
 )
-from learning.predictions import TABLE, predict, report, score_batches
-from learning.results import (
-    CONFIG,
-    NORMALISATION,
-    load_normalisation,
-    prepare_output,
-    read_config,
-)
-from learning.runs import load_classifiers
-from learning.runtime import (
-    count_workers,
-    describe_device,
-    keep_freed_memory,
-)
+from learning.predictions import TABLE, place_of_fold, predict, report, restore_folds, score_batches
+from learning.results import CONFIG, prepare_output
+from learning.run import Run, open_run, published_run
+from learning.runtime import count_workers, describe_device, keep_freed_memory
 from models.stclassifier import Ensemble
 from models.weights import choose_folds
 from preprocessing.classes import read_class_names
-from preprocessing.metadata import check_norm, read_info, read_nomenclatures
+from preprocessing.metadata import read_info, read_nomenclature
 from preprocessing.parcels import OUTLINES, read_outlines
+from preprocessing.settings import EXTRA_FEATURE
 from preprocessing.simulate import embedded_dataset
 
 if TYPE_CHECKING:
@@ -75,6 +63,13 @@ def parse_args() -> argparse.Namespace:
         "--weight_dir", required=True, help="results folder of train.py, with Fold_k/model.pth.tar"
     )
     group.add_argument("--fold", default="all", help="number of one fold, from 1, or all for the mean of all")
+    group.add_argument(
+        "--kfold",
+        type=positive,
+        help="for published weights, which come without a configuration: restores this number of published folds, with "
+        "--rdm_seed, and has each parcel predicted by the fold that it was a test parcel of",
+    )
+    group.add_argument("--rdm_seed", type=seed, default=1, help="seed of the folds that --kfold restores")
     group.add_argument("--output_dir", default="./output", help="where to write the predictions")
     group.add_argument(
         "--parcels",
@@ -120,37 +115,38 @@ def main() -> None:
             print(export_run(Path(args.export), Path(args.weight_dir), args.fold, typed, preset))
         return
     output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
-    run = read_run(Path(args.weight_dir))
-    if args.sub_classes and len(set(args.sub_classes)) < len(args.sub_classes):
-        raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
-    classes = args.sub_classes or run.get("sub_classes") or list(CLASSES_20)
-    outlines = open_outlines(args)
-    described = (read_preset(args.preset) or run) | typed_architecture(args)
-    if args.attention and not has_attention(described):
-        raise UserError(f"--attention: a {classifier_name(described)} has no attention; L-TAE and TAE do.")
+    run = choose_run(args)
+    classes = list(run.data.classes)
+    outlines = open_outlines(args, run)
+    if args.attention and not has_attention(run.config):
+        raise UserError(f"--attention: a {classifier_name(run.config)} has no attention; L-TAE and TAE do.")
     with main_first():
-        dataset = open_dataset(args, run, classes)
+        dataset = open_dataset(args, run)
     if outlines is not None:
         outlines = match_outlines(outlines, dataset.pid)
-    config = read_architecture(args, run, dataset, len(classes))
-    names = run.get("class_names")
+    config = choose_architecture(args, run, dataset)
+    names = run.config["class_names"]
     if not names and (args.attention or outlines is not None):
-        names = read_class_names(dataset.folder, args.labels or run.get("labels", LABELS))
+        names = read_class_names(dataset.folder, run.data.labels)
     if args.attention:
         channels = read_info(dataset.folder).get("bands") or []
         bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)
-    ensemble = load_ensemble(args, config, dataset, device)
+    folds = list(choose_folds(args.weight_dir, args.fold))
+    held_out = restore_folds(dataset, args.kfold, args.rdm_seed) if args.kfold else None
+    with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
+        ensemble = run.load(args.fold, device, config)
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"
         f"Data: {len(dataset)} parcels of {dataset.folder}"
     )
+    voters = None if held_out is None else place_of_fold(held_out, folds)
     if not is_main():
-        for _ in score_batches(ensemble, dataset, len(classes), args.batch_size, args.num_workers, device):
+        for _ in score_batches(ensemble, dataset, len(classes), args.batch_size, args.num_workers, device, voters):
             pass
         return
-    predicted = predict(ensemble, dataset, classes, args.batch_size, args.num_workers, device, output)
-    report(dataset, predicted, len(classes), output)
+    predicted = predict(ensemble, dataset, classes, args.batch_size, args.num_workers, device, output, voters)
+    report(dataset, predicted, len(classes), output, held_out, folds)
     if args.attention:
         show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
     if outlines is not None:
@@ -158,114 +154,89 @@ def main() -> None:
         print(f"Map: {', '.join(map(str, written))}")
 
 
-def open_outlines(args: argparse.Namespace) -> "GeoDataFrame | None":
+def open_outlines(args: argparse.Namespace, run: Run) -> "GeoDataFrame | None":
     """The outlines that the flags ask for, checked; None if they ask for none."""
     if args.map:
         check_picture(args.map)
-        if not (args.parcels or args.dataset_folder):
+    if args.parcels:
+        return read_outlines(args.parcels, args.id_column)
+    if args.map:
+        folder = run.dataset_folder if args.dataset_folder is None else Path(args.dataset_folder)
+        if run.config["simulated"] and not (folder / "META" / OUTLINES).exists():
             raise UserError("--map needs outlines, which the embedded dataset does not have; give --parcels.")
-    if args.parcels or args.map:
-        return read_outlines(args.parcels or Path(args.dataset_folder) / "META" / OUTLINES, args.id_column)
+        return read_outlines(folder / "META" / OUTLINES, args.id_column)
     return None
 
 
-def read_run(weight_dir: Path) -> dict[str, Any]:
-    """The configuration of a training run; empty for bare weights, such as the published ones."""
-    if (weight_dir / CONFIG).exists():
-        return read_config(weight_dir)
-    print(f"Configuration: {weight_dir} has no {CONFIG}, so published defaults and flags")
-    return {}
+def choose_run(args: argparse.Namespace) -> Run:
+    """The run in weight_dir, with the settings that the flags override."""
+    run = open_run(args.weight_dir)
+    typed, preset = typed_architecture(args), read_preset(args.preset)
+    if run.is_bare:
+        print(f"Configuration: {args.weight_dir} has no {CONFIG}, so published defaults and flags")
+        run = published_run(run.folder, typed, preset)
+    elif args.kfold:
+        raise UserError(f"--kfold restores the folds of weights alone, but {args.weight_dir} has a {CONFIG}; leave it out.")
+    if args.sub_classes and len(set(args.sub_classes)) < len(args.sub_classes):
+        raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
+    data = run.data
+    if args.labels is not None:
+        data = replace(data, labels=args.labels)
+    if args.sub_classes:
+        data = replace(data, classes=tuple(args.sub_classes))
+    if hasattr(args, "npixel"):
+        data = replace(data, npixel=args.npixel)
+    if args.nodata is not None:
+        data = replace(data, nodata=args.nodata, nodata_declared=False)
+    if args.geomfeat is not None:
+        if not run.is_bare and bool(args.geomfeat) != bool(data.n_extra):
+            raise UserError(f"the model was trained on {data.n_extra} extra features; leave --geomfeat out.")
+        data = replace(data, n_extra=args.geomfeat and max(1, data.n_extra))
+    if args.norm is not None:
+        data = replace(data, norm=None)
+    return replace(run, data=data, config=run.config | preset | typed)
 
 
-def open_dataset(args: argparse.Namespace, run: dict[str, Any], classes: list[int]) -> PixelSetData:
-    """The dataset to predict, prepared as the training data were; labels and classes are optional there."""
+def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
+    """The dataset to predict, read as the run read its own; labels and classes are optional there."""
     folder = args.dataset_folder
-    if folder is None:
+    if folder is None and run.is_bare:
         folder = embedded_dataset()
         print(f"Dataset: the embedded simulated one, in {folder}; --dataset_folder chooses another")
-    folder = Path(folder)
-    labels = args.labels
-    if labels is None and (folder / "META" / "labels.json").exists():
-        usual = run.get("labels", LABELS)
-        labels = usual if usual in read_nomenclatures(folder) else None
-    has_extra = (folder / "META" / f"{EXTRA_FEATURE}.json").exists()
-    wants_extra = run.get("n_extra", 0) > 0 if run else has_extra
-    extra = EXTRA_FEATURE if args.geomfeat or (args.geomfeat is None and wants_extra) else None
-    weight_dir = Path(args.weight_dir)
-    norm, extra_stats = load_normalisation(weight_dir)
-    expected = 2 * [(run["n_extra"],)] if run and run["n_extra"] else []
-    if run and norm is not None and [values.shape for values in extra_stats or ()] != expected:
-        raise UserError(
-            f"{weight_dir / NORMALISATION} does not hold the statistics of {run['n_extra']} extra features; "
-            "copy it again from the training."
-        )
-    kind = PixelSetData_preloaded if args.preload else PixelSetData
-    any_dates = bool(run) and run["lms"] is None
-    dataset = kind(
-        folder,
-        labels,
-        getattr(args, "npixel", run.get("npixel", NPIXEL)),
-        classes if labels else None,
-        extra_feature=extra,
-        cache_dir=args.cache_dir,
-        keep_all=True,
-        extra_stats=extra_stats,
-        nodata=args.nodata,
-        season_start=run.get("season_start"),
-        varying=any_dates,
-    ).evaluation(run.get("rdm_seed", 1))
-    if dataset.varying and not any_dates:
-        raise UserError(
-            f"the model was trained on dates that all parcels share, but {folder} has other dates for each parcel, or "
-            "observations are missing; train one with --varying_dates."
-        )
-    if run:
-        trained = {"channels": run["input_dim"], "dates": run["lms"], "extra features": run["n_extra"]}
-        found = (dataset.n_channels, None if any_dates else dataset.n_dates, dataset.n_extra)
-        for (what, expected), number in zip(trained.items(), found):
-            if number != expected:
-                raise UserError(f"the model was trained on {expected} {what} but {folder} has {number}.")
-        if not any_dates and dataset.date_positions != run.get("date_positions", dataset.date_positions):
-            print(
-                "Dates: not those of the training; the model takes each for the training's date of the same rank"
-            )
-    if norm is not None and args.norm is None:
-        dataset.set_norm(check_norm(norm, dataset.norm_shape, weight_dir / NORMALISATION), in_order=True)
-    else:
+    elif folder is None:
+        folder = run.dataset_folder
+        print(f"Dataset: the one that the run was trained on, {folder}; --dataset_folder chooses another")
+    if run.is_bare and args.geomfeat is None and not (Path(folder) / "META" / f"{EXTRA_FEATURE}.json").exists():
+        run = replace(run, data=replace(run.data, n_extra=0))
+    if args.labels is not None and run.data.labels_in(Path(folder)) is None:
+        read_nomenclature(Path(folder), args.labels)  # says that it is not there
+    dataset = run.open_dataset(folder, args.cache_dir, args.preload)
+    days = run.config["date_positions"]
+    if not run.is_bare and days is not None and dataset.date_positions != days:
+        print("Dates: not those of the training; the model takes each for the training's date of the same rank")
+    if run.data.norm is None:
         norm, source = find_norm(dataset, args.norm)
         dataset.set_norm(norm)
         print(f"Normalisation: {source}")
     return dataset
 
 
-def read_architecture(
-    args: argparse.Namespace, run: dict[str, Any], dataset: PixelSetData, n_classes: int
-) -> dict[str, Any]:
+def choose_architecture(args: argparse.Namespace, run: Run, dataset: PixelSetData) -> dict[str, Any]:
     """The architecture of the run, where flags override it; of published defaults and flags for bare weights."""
-    typed = typed_architecture(args)
+    typed, n_classes = typed_architecture(args), len(run.data.classes)
     n_dates = None if dataset.varying else dataset.n_dates
-    if run and args.preset is None:
-        config = {name: run[name] for name in (*ARCHITECTURE, "grid")} | typed
-        check_typed(typed, config, dataset.n_channels, n_dates, n_classes)
-        if n_classes != config["mlp4"][-1]:
-            raise UserError(
-                f"--sub_classes names {n_classes} labels but the model tells {config['mlp4'][-1]} apart; leave it out "
-                "or name as many."
-            )
-        return config
-    return resolve_architecture(
-        typed, read_preset(args.preset), dataset.n_channels, n_dates, dataset.n_extra, n_classes
-    )
-
-
-def load_ensemble(
-    args: argparse.Namespace, config: dict[str, Any], dataset: PixelSetData, device: torch.device
-) -> Ensemble:
-    """The trained classifiers of the folds asked for."""
-    with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
-        return load_classifiers(
-            args.weight_dir, config, dataset.n_extra, dataset.date_positions, device, args.fold
+    if run.is_bare or args.preset is not None:
+        architecture = resolve_architecture(
+            typed, read_preset(args.preset), dataset.n_channels, n_dates, dataset.n_extra, n_classes
         )
+        return run.config | architecture | {"n_extra": dataset.n_extra, "date_positions": dataset.date_positions}
+    check_typed(typed, run.config, dataset.n_channels, n_dates, n_classes)
+    if n_classes != run.config["mlp4"][-1]:
+        raise UserError(
+            f"--sub_classes names {n_classes} labels but the model tells {run.config['mlp4'][-1]} apart; leave it out or "
+            "name as many."
+        )
+    return run.config
 
 
 def show_attention(

@@ -7,6 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,7 @@ from learning.errors import UserError, run_cli
 from learning.files import remove_unfinished, write_json
 from learning.focal_loss import FocalLoss
 from learning.options import (
-    EXTRA_FEATURE,
-    LABELS,
-    NPIXEL,
+    TRAINING,
     Parser,
     add_architecture_options,
     add_data_options,
@@ -56,8 +55,8 @@ from learning.results import (
 from learning.resume import (
     FoldProgress,
     Log,
-    check_same_run,
     check_same_settings,
+    check_typed_settings,
     data_key,
     finished_folds,
     resumable,
@@ -68,6 +67,7 @@ from models.ranks import n_ranks, share_statistics
 from preprocessing.classes import read_class_names
 from preprocessing.folds import read_folds, read_parts
 from preprocessing.metadata import choose_nomenclature, read_info
+from preprocessing.settings import EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from preprocessing.simulate import embedded_dataset
 from preprocessing.store import check_folder
 
@@ -89,16 +89,14 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="go on after the last finished epoch of a run in res_dir, if there is one",
     )
-    group.add_argument("--kfold", type=positive, default=5, help="number of folds, at least 3")
+    group.add_argument("--kfold", type=positive, help="number of folds, at least 3")
     group.add_argument(
         "--folds",
         help="file of folds, as preprocessing.split writes it, instead of random ones; wins over --kfold",
     )
-    group.add_argument("--epochs", type=positive, default=100, help="epochs per fold")
-    group.add_argument("--lr", type=non_negative, default=0.001, help="learning rate of Adam")
-    group.add_argument(
-        "--gamma", type=non_negative, default=1.0, help="gamma of the focal loss; 0 is cross-entropy"
-    )
+    group.add_argument("--epochs", type=positive, help="epochs per fold")
+    group.add_argument("--lr", type=non_negative, help="learning rate of Adam")
+    group.add_argument("--gamma", type=non_negative, help="gamma of the focal loss; 0 is cross-entropy")
     group.add_argument(
         "--varying_dates",
         action="store_true",
@@ -114,22 +112,22 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--temporal_dropout",
         type=fraction,
-        default=0.0,
         help="share of the dates left out at random in training",
     )
     group.add_argument(
         "--temporal_shift",
         type=natural,
-        default=0,
         help="days, at most, by which a parcel's calendar is moved at random in training",
     )
-    group.add_argument("--rdm_seed", type=seed, default=1, help="seed of the folds and of every random draw")
+    group.add_argument("--rdm_seed", type=seed, help="seed of the folds and of every random draw")
     group.add_argument(
         "--display_step", type=positive, default=50, help="batches between two looks at the loss"
     )
     add_architecture_options(parser)
-    parser.set_defaults(npixel=None)
+    parser.set_defaults(npixel=None, **TRAINING)
     args = parser.parse_args()
+    if args.folds:
+        args.kfold = len(read_parts(args.folds))
     if args.batch_size < 2:
         raise UserError(
             "--batch_size is 1; training needs at least 2 parcels per batch for its batch statistics."
@@ -143,26 +141,24 @@ def main() -> None:
     keep_freed_memory()
     device = join_ranks(args.device)
     preset = read_preset(args.preset)
-    if args.folds:
-        args.kfold = len(read_parts(args.folds))
     res_dir = Path(args.res_dir)
     if is_main():
         prepare_folder(res_dir, args.overwrite, args.resume)
         if args.resume and (res_dir / CONFIG).exists():
-            check_same_run(res_dir, vars(args))
+            check_typed_settings(res_dir, args)
     processes = f", {n_ranks()} processes" if n_ranks() > 1 else ""
     print(f"Device: {describe_device(device)}{processes}")
     with main_first():
-        dataset, classes = open_dataset(args)
+        dataset, settings = open_dataset(args)
     if args.folds:
         splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist())
     else:
         splits = fold_splits(len(dataset), args.kfold, args.rdm_seed)
     n_dates = None if dataset.varying else dataset.n_dates
     architecture = resolve_architecture(
-        typed_architecture(args), preset, dataset.n_channels, n_dates, dataset.n_extra, len(classes)
+        typed_architecture(args), preset, dataset.n_channels, n_dates, dataset.n_extra, len(settings.classes)
     )
-    config = vars(args) | architecture | describe_dataset(dataset, classes, architecture["grid_days"])
+    config = vars(args) | architecture | describe_dataset(dataset, settings, architecture["grid_days"])
     config["N_params"] = build_model(config, dataset.n_extra, dataset.date_positions).param_ratio()
     config["data_key"] = data_key(dataset, splits)
     config["class_names"] = read_class_names(dataset.folder, config["labels"])
@@ -223,44 +219,56 @@ def train_folds(
         summarise(res_dir, tests, config["sub_classes"], clock)
 
 
-def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, list[int]]:
-    """The dataset that the flags ask for, checked and normalised, and its classes."""
+def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
+    """The dataset that the flags ask for, checked and normalised, and how it is read."""
     folder = args.dataset_folder
     if folder is None:
         folder = embedded_dataset()
         print(f"Dataset: the embedded simulated one, in {folder}; --dataset_folder chooses another")
-    check_folder(Path(folder))
-    args.labels = choose_nomenclature(Path(folder), args.labels, LABELS)
-    reading = {"cache_dir": args.cache_dir, "nodata": args.nodata, "season_start": args.season_start}
-    every_label = PixelSetData(folder, args.labels, NPIXEL, **reading)
+    folder = Path(folder)
+    check_folder(folder)
+    labels = choose_nomenclature(folder, args.labels, LABELS)
+    asked = DataSettings(
+        labels=labels,
+        n_extra=0,
+        nodata=args.nodata,
+        season_start=args.season_start,
+        varying=bool(args.varying_dates or args.season_start or args.temporal_dropout or args.temporal_shift),
+        seed=args.rdm_seed,
+    )
+    every_label = PixelSetData(
+        folder, labels, NPIXEL, cache_dir=args.cache_dir, nodata=asked.nodata_in(folder), season_start=args.season_start
+    )
     names = every_label.classes
     present = [names[i] for i in every_label.target] if names else every_label.target.tolist()
-    classes = choose_classes(present, args.sub_classes)
-    if args.npixel is None:
-        args.npixel = min(NPIXEL, int(every_label.store.sizes.max()))
-    has_extra = (every_label.folder / "META" / f"{EXTRA_FEATURE}.json").exists()
-    extra = EXTRA_FEATURE if args.geomfeat or (args.geomfeat is None and has_extra) else None
-    kind = PixelSetData_preloaded if args.preload else PixelSetData
-    dataset = kind(
+    has_extra = (folder / "META" / f"{EXTRA_FEATURE}.json").exists()
+    settings = replace(
+        asked,
+        classes=tuple(choose_classes(present, args.sub_classes)),
+        npixel=args.npixel or min(NPIXEL, int(every_label.store.sizes.max())),
+        n_extra=int(args.geomfeat or (args.geomfeat is None and has_extra)),
+    )
+    dataset = (PixelSetData_preloaded if args.preload else PixelSetData).for_run(
         folder,
-        args.labels,
-        args.npixel,
-        classes,
-        extra_feature=extra,
-        varying=bool(args.varying_dates or args.season_start or args.temporal_dropout or args.temporal_shift),
+        settings,
+        cache_dir=args.cache_dir,
         temporal_dropout=args.temporal_dropout,
         temporal_shift=args.temporal_shift,
-        **reading,
     )
     norm, source = find_norm(dataset, args.norm)
     dataset.set_norm(norm)
     print(
         f"Data: {len(dataset)} parcels, {describe_dates(dataset)}, {dataset.n_channels} channels, "
-        f"{dataset.n_extra} extra features, {len(classes)} classes\nNormalisation: {source}"
+        f"{dataset.n_extra} extra features, {len(settings.classes)} classes\nNormalisation: {source}"
     )
     if dataset.n_unobserved:
         print(f"Left out: {dataset.n_unobserved} parcels without any observation")
-    return dataset, classes
+    return dataset, replace(
+        settings,
+        n_extra=dataset.n_extra,
+        nodata=dataset.store.nodata,
+        nodata_declared=args.nodata is None and dataset.store.nodata is not None,
+    )
 
 
 def describe_dates(dataset: PixelSetData) -> str:
@@ -270,17 +278,14 @@ def describe_dates(dataset: PixelSetData) -> str:
     return f"{number} {'varying ' if dataset.varying else ''}dates"
 
 
-def describe_dataset(dataset: PixelSetData, classes: list[int], grid_days: int) -> dict[str, Any]:
+def describe_dataset(dataset: PixelSetData, settings: DataSettings, grid_days: int) -> dict[str, Any]:
     """What inference has to know about the data that a model was trained on."""
     first, last = dataset.day_range
-    return {
+    return settings.to_config() | {
         "dataset_folder": str(dataset.folder.resolve()),
         "geomfeat": int(dataset.n_extra > 0),
-        "n_extra": dataset.n_extra,
-        "sub_classes": classes,
         "date_positions": dataset.date_positions,
         "varying_dates": dataset.varying,
-        "nodata": dataset.store.nodata,
         "grid": list(range(first, last + grid_days, grid_days)) if dataset.varying else None,
     }
 

@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from learning.errors import UserError
 from learning.files import read_json, write_bytes
 from learning.metrics import accuracy, mean_iou
-from learning.options import CLASSES_20, PRESETS, build_model, read_preset
-from learning.results import CONFIG, CONFUSION, OVERALL, read_config, save_figure
-from learning.runs import PUBLISHED_DAYS, published_config
+from learning.options import PRESETS, build_model, read_preset
+from learning.results import CONFIG, CONFUSION, OVERALL, save_figure
+from learning.run import PUBLISHED_DAYS, published_config, read_config
 from learning.safe_pickle import load_arrays
 from models.layers import trainable_parameters
+from preprocessing.settings import CLASSES_20
 
 TIME, TABLE, PICTURE = "training_time.json", "figure2.csv", "figure2.png"
 PUBLISHED = Path(__file__).parent / "published_fig2.json"

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from learning.errors import UserError, as_user_error
 from learning.files import write_bytes
 from learning.options import classifier_name
-from learning.results import CONFIG, load_normalisation
-from learning.runs import load_classifiers, published_config, read_run
+from learning.run import open_run, published_run
 from models.stclassifier import Ensemble
 
 SUFFIXES = (".onnx", ".pt2")
@@ -105,20 +104,18 @@ def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], p
     Raises:
         UserError: if weights or file are not as expected, or this PyTorch cannot export the model.
     """
-    is_run = (weight_dir / CONFIG).exists()
-    if is_run and (typed or preset):
+    run = open_run(weight_dir)
+    if not run.is_bare and (typed or preset):
         flag = next(iter(typed), "preset")
         raise UserError(f"--export writes the model as it was trained; leave --{flag} out.")
-    config = read_run(weight_dir) if is_run else published_config(typed, preset)
+    if run.is_bare:
+        run = published_run(weight_dir, typed, preset)
+    config, classes = run.config, run.data.classes
     check_export(path, config)
-    norm, extra_norm = load_normalisation(weight_dir)
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
-        ensemble = load_classifiers(
-            weight_dir, config, config["n_extra"], config["date_positions"], "cpu", fold
-        )
-    classes = config["sub_classes"]
-    inputs = export(path, ensemble, config, norm, extra_norm, classes)
-    values = "as in DATA" if norm is not None else "already normalised, since no normalisation.npz is there"
+        ensemble = run.load(fold, "cpu")
+    inputs = export(path, ensemble, config, run.data.norm, run.data.extra_stats, classes)
+    values = "as in DATA" if run.data.norm is not None else "already normalised, since no normalisation.npz is there"
     return (
         f"{path}: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {weight_dir}\n"
         f"Inputs: {', '.join(inputs)}; values {values}\nOutput: {OUTPUT} (batch, {len(classes)})"

@@ -18,32 +18,9 @@ from learning.files import read_json
 from models import stclassifier
 from models.layers import DAYS
 from models.stclassifier import PseClassifier
+from preprocessing.settings import CLASSES_20, LABELS, NPIXEL
 
 PRESETS = Path(__file__).resolve().parent.parent / "config_fig2.json"
-LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
-CLASSES_20 = (
-    1,
-    3,
-    4,
-    5,
-    6,
-    8,
-    9,
-    12,
-    13,
-    14,
-    16,
-    18,
-    19,
-    23,
-    28,
-    31,
-    33,
-    34,
-    36,
-    39,
-)  # over 100 parcels each
-
 # Published defaults of the architecture. TAE alone takes those of its own class: the published ones do not fit it.
 ARCHITECTURE = {
     "input_dim": 10,
@@ -66,6 +43,18 @@ ARCHITECTURE = {
     "tcnn": False,
     "nker": [32, 32, 128],
     "grid_days": 10,
+}
+# Published defaults of the training, and of what was added to it.
+TRAINING = {
+    "kfold": 5,
+    "epochs": 100,
+    "batch_size": 128,
+    "lr": 0.001,
+    "gamma": 1.0,
+    "rdm_seed": 1,
+    "temporal_dropout": 0.0,
+    "temporal_shift": 0,
+    "preset": None,
 }
 TAE_DEFAULTS = {"n_head": 4, "d_k": 32, "mlp3": [512, 128, 128], "d_model": None}
 

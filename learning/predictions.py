@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset import UNKNOWN, BatchSampler, PixelSetData, batch_loader
-from learning.distributed import RankBatches, gather_rows, is_main
+from dataset import UNKNOWN, BatchSampler, PixelSetData, batch_loader, fold_splits
+from learning.distributed import RankBatches, gather_rows, is_main, rank
 from learning.errors import as_user_error
 from learning.files import write_bytes
 from learning.metrics import accuracy, confusion_matrix, mean_iou
@@ -32,6 +32,7 @@ def predict(
     num_workers: int,
     device: torch.device,
     output: Path,
+    voters: np.ndarray | None = None,
 ) -> np.ndarray:
     """Writes `TABLE` batch by batch, then `PREDICTIONS`.
 
@@ -43,6 +44,7 @@ def predict(
         num_workers: most loading processes.
         device: where the ensemble is.
         output: folder to write to.
+        voters: see `score_batches`.
 
     Returns:
         Predicted class indices, (N,); UNKNOWN for a parcel without any observation.
@@ -57,7 +59,7 @@ def predict(
         table = csv.writer(file)
         header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
         table.writerow(header + [f"probability_{code}" for code in classes])
-        for rows in score_batches(ensemble, dataset, len(classes), batch_size, num_workers, device):
+        for rows in score_batches(ensemble, dataset, len(classes), batch_size, num_workers, device, voters):
             target, best = rows[:, :2].long().unbind(1)
             ids = dataset.pid[done : done + len(rows)]
             for parcel, true, k, numbers in zip(ids, target.tolist(), best.tolist(), rows[:, 2:].tolist()):
@@ -82,10 +84,15 @@ def score_batches(
     batch_size: int,
     num_workers: int,
     device: torch.device,
+    voters: np.ndarray | None = None,
 ) -> Iterator[Tensor]:
     """Tables of batches in their order, (B, 4 + K) float64: target, predicted class, confidence, agreement, probabilities.
 
     Of several processes each computes some of the batches, and the first one alone gets tables.
+
+    Args:
+        ensemble, dataset, n_classes, batch_size, num_workers, device: as for `predict`.
+        voters: the member that predicts each parcel by itself, (N,), -1 for all of them together; None for -1.
     """
     sampler = BatchSampler(range(len(dataset)), batch_size)
     loader = batch_loader(
@@ -93,29 +100,78 @@ def score_batches(
     )
     batches = iter(loader)
     rounds = range(-(-len(sampler) // n_ranks()))
-    for _ in progress_bar(rounds, "predicting", "batches", shown=is_main()):
+    for i in progress_bar(rounds, "predicting", "batches", shown=is_main()):
         rows = torch.empty(0, 4 + n_classes, dtype=torch.float64)
         for x, y in itertools.islice(batches, 1):  # none in the last round of some processes
             members = ensemble.member_log_probabilities(recursive_todevice(x, device))  # (members, B, K)
             probabilities = members.mean(0).softmax(1)
+            agree = members.argmax(2)
+            if voters is not None:
+                start = (i * n_ranks() + rank()) * batch_size
+                member = torch.as_tensor(voters[start : start + len(y)], device=device)
+                own = members[member.clamp(min=0), torch.arange(len(y), device=device)]  # (B, K)
+                by_one = (member >= 0).unsqueeze(1)
+                probabilities = torch.where(by_one, own.exp(), probabilities)
+                agree = torch.where(by_one.T, own.argmax(1), agree)
             confidence, best = probabilities.max(1)
             best[confidence.isnan()] = UNKNOWN  # a parcel without any observation
-            agreement = (members.argmax(2) == best).float().mean(0)
+            agreement = (agree == best).float().mean(0)
             columns = (y.to(device), best, confidence, agreement)
             rows = torch.cat([torch.stack([v.double() for v in columns], 1), probabilities.double()], 1).cpu()
         yield from gather_rows(rows, batch_size)
 
 
-def report(dataset: PixelSetData, predicted: np.ndarray, n_classes: int, output: Path) -> None:
-    """Says where the predictions are and, where labels are known, how good they are."""
+def restore_folds(dataset: PixelSetData, kfold: int, seed: int) -> np.ndarray:
+    """The fold, from 1, that each parcel was a test parcel of when the published code trained on it, (N,); 0 for none.
+
+    That code trains on the parcels of the chosen classes alone.
+    """
+    known = np.flatnonzero(dataset.target != UNKNOWN)
+    held_out = np.zeros(len(dataset), np.int64)
+    for fold, (_, _, test) in enumerate(fold_splits(len(known), kfold, seed), start=1):
+        held_out[known[test]] = fold
+    return held_out
+
+
+def place_of_fold(held_out: np.ndarray, folds: Sequence[int]) -> np.ndarray:
+    """The place among `folds` of each parcel's fold, (N,); -1 where it is none of them."""
+    return np.array([folds.index(fold) if fold in folds else -1 for fold in held_out.tolist()], np.int64)
+
+
+def report(
+    dataset: PixelSetData,
+    predicted: np.ndarray,
+    n_classes: int,
+    output: Path,
+    held_out: np.ndarray | None = None,
+    folds: Sequence[int] = (),
+) -> None:
+    """Says where the predictions are and, where labels are known, how good they are.
+
+    Args:
+        dataset: the parcels.
+        predicted: class of each, (N,).
+        n_classes: K.
+        output: folder of the predictions.
+        held_out: the fold that did not learn from each parcel, and predicted it, (N,); None if all folds voted.
+        folds: those that predicted.
+    """
     undefined = predicted == UNKNOWN
     if undefined.any():
         print(f"Undefined: {undefined.sum()} parcels without any observation, left empty (class -1)")
     known = (dataset.target != UNKNOWN) & ~undefined
+
+    def score(parcels: np.ndarray) -> str:
+        mat = confusion_matrix(dataset.target[parcels], predicted[parcels], labels=range(n_classes))
+        return f"accuracy {100 * accuracy(mat):.1f}%, mIoU {mean_iou(mat):.3f} on"
+
+    if held_out is not None:
+        for fold in folds:
+            test = known & (held_out == fold)
+            if test.any():
+                print(f"Fold {fold}: {score(test)} its {test.sum()} test parcels")
+        known &= np.isin(held_out, folds)
     if known.any():
-        mat = confusion_matrix(dataset.target[known], predicted[known], labels=range(n_classes))
-        print(
-            f"Accuracy {100 * accuracy(mat):.1f}%, mIoU {mean_iou(mat):.3f} on the {known.sum()} parcels with a known "
-            "class; parcels that the model was trained on flatter it"
-        )
+        remark = "parcels that the model was trained on flatter it" if held_out is None else "each by the fold that did not learn from it"
+        print(f"All: {score(known)} the {known.sum()} parcels with a known class; {remark}")
     print(f"Predictions: {output / TABLE}, {output / PREDICTIONS}")

@@ -1,19 +1,15 @@
 """The files of a results folder."""
 
 import io
-import math
 import pickle
-import reprlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from learning.errors import UserError, as_user_error
-from learning.files import read_json, write_bytes, write_json
+from learning.files import write_bytes, write_json
 from learning.metrics import confusion_matrix_analysis
 from learning.safe_pickle import load_arrays
 
@@ -68,24 +64,6 @@ def prepare_output(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder.") from error
     return folder
-
-
-def read_config(res_dir: Path) -> dict[str, Any]:
-    """Reads conf.json, of which inference uses the entries in `_ENTRIES`.
-
-    Raises:
-        UserError: if the file is damaged or not the one that train.py wrote.
-    """
-    path = res_dir / CONFIG
-    config = read_json(path, "the file that train.py wrote")
-    for name, is_valid in _ENTRIES.items():
-        if not isinstance(config, dict) or name not in config:
-            raise UserError(f"{path} has no entry {name!r}; expected the file that train.py wrote.")
-        if not is_valid(config[name]):
-            raise UserError(
-                f"{path} is damaged: {name!r} is {reprlib.repr(config[name])}; expected the file that train.py wrote."
-            )
-    return config
 
 
 def fold_folder(res_dir: Path, fold: int) -> Path:
@@ -172,38 +150,3 @@ def to_npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
-
-
-def _is_whole(value: Any, least: int = 1) -> bool:
-    """Whether a value of a JSON file is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_list(value: Any, least: float = 1) -> bool:
-    """Whether a value of a JSON file is a list of such numbers, not empty."""
-    return isinstance(value, list) and bool(value) and all(_is_whole(item, least) for item in value)
-
-
-def _is_names(value: Any) -> bool:
-    """Whether a value of a JSON file is a list of texts, not empty."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-
-
-# What inference reads from conf.json, and what is expected there.
-_ENTRIES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        ("input_dim", "n_head", "d_k", "T", "num_classes", "hidden_dim", "npixel", "grid_days"), _is_whole
-    ),
-    **dict.fromkeys(("mlp1", "mlp2", "mlp3", "mlp4", "nker"), _is_list),
-    **dict.fromkeys(("tae", "gru", "tcnn"), lambda value: isinstance(value, bool)),
-    **dict.fromkeys(("n_extra", "rdm_seed"), lambda value: _is_whole(value, 0)),
-    "sub_classes": lambda value: _is_list(value, -math.inf) or _is_names(value),
-    **dict.fromkeys(("date_positions", "grid"), lambda value: value is None or _is_list(value, -math.inf)),
-    "lms": lambda value: value is None or _is_whole(value),
-    "season_start": lambda value: value is None or (_is_list(value) and len(value) == 2),
-    "d_model": lambda value: value is None or _is_whole(value),
-    "dropout": lambda value: isinstance(value, float) and 0 <= value < 1,
-    "pooling": lambda value: isinstance(value, str),
-    "positions": lambda value: value in ("bespoke", "order"),
-    "labels": lambda value: isinstance(value, str),
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -19,7 +20,9 @@ from learning.calibration import CALIBRATION
 from learning.distributed import is_main, share_bytes
 from learning.errors import UserError, as_user_error
 from learning.files import read_json, write_bytes, write_json
-from learning.results import CONFIG, CONFUSION, NORMALISATION, TEST_METRICS, TRAINLOG, load_normalisation
+from learning.options import TRAINING
+from learning.results import CONFUSION, NORMALISATION, TEST_METRICS, TRAINLOG, load_normalisation
+from learning.run import read_config
 from models.weights import CHECKPOINT, load_weights, read_checkpoint
 
 if TYPE_CHECKING:
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 
 STATE = "last.pth.tar"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
-_TRAINING = ("kfold", "epochs", "batch_size", "lr", "gamma", "rdm_seed", "npixel", "preset")
 # What may differ when a run goes on: where things are, and what does not change results.
 _FREE = {
     "overwrite",
@@ -40,7 +42,7 @@ _FREE = {
     "preload",
     "num_workers",
 }
-_FREE |= {"device", "display_step", "command", "versions", "class_names"}
+_FREE |= {"device", "display_step", "command", "versions", "class_names", "nodata_declared"}
 
 Log = dict[int, dict[str, float]]
 
@@ -67,12 +69,12 @@ class FoldProgress:
     def finish_epoch(self, scores: dict[str, float]) -> bool:
         """Notes the scores of an epoch and writes all files; returns whether it is the best one so far."""
         self.epoch += 1
-        self.log[self.epoch] = scores
+        self.log[self.epoch] = _plain(scores)
         is_best = not self.best_epoch or scores["val_IoU"] >= self.log[self.best_epoch]["val_IoU"]
         state = {
             "epoch": self.epoch,
             "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _plain(self.optimizer.state_dict()),
         }
         if is_best:
             self.best_epoch, self._best = self.epoch, _to_bytes(state)
@@ -121,6 +123,17 @@ def _to_bytes(value: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def _plain(value: Any) -> Any:
+    """The same without NumPy's numbers and arrays, which no reader that takes a file as data accepts."""
+    if isinstance(value, dict):
+        return type(value)((_plain(key), _plain(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _check_log(log: Any, epoch: Any, best_epoch: Any) -> None:
     """Raises ValueError unless the log has numbers for all epochs, one of which is the best."""
     complete = isinstance(epoch, int) and list(log) == list(range(1, epoch + 1)) and best_epoch in log
@@ -162,32 +175,24 @@ def finished_folds(res_dir: Path, kfold: int) -> list[tuple[dict[str, float], di
     ]
 
 
-def check_same_run(res_dir: Path, config: dict[str, Any], names: tuple[str, ...] = _TRAINING) -> None:
-    """Raises a UserError naming the first setting in which `config` is not that of the run in res_dir.
-
-    Args:
-        res_dir: results folder.
-        config: settings of this run, as conf.json will hold them.
-        names: those to compare; without them, those that are known before the data are read.
-    """
-    path = res_dir / CONFIG
-    earlier = read_json(path, "the file that train.py wrote")
-    if not isinstance(earlier, dict):
-        raise UserError(f"{path} is damaged; expected the file that train.py wrote.")
-    for name in names:
-        value = json.loads(json.dumps(config[name]))
-        if earlier.get(name) != value:
-            raise UserError(
-                f"--resume: {name} is {_brief(value)} but was {_brief(earlier.get(name))} when {res_dir} was begun; "
-                "give the same settings and data, or --overwrite."
-            )
+def check_typed_settings(res_dir: Path, args: argparse.Namespace) -> None:
+    """`check_same_settings` for what is known before the data are read, and was typed."""
+    names = [*TRAINING, *(["npixel"] if args.npixel else [])]
+    _compare(res_dir, {name: getattr(args, name) for name in names})
 
 
 def check_same_settings(
     res_dir: Path, config: dict[str, Any], norm: tuple, extra_stats: tuple | None
 ) -> None:
-    """`check_same_run` for all that has an influence on results, and for the normalisation."""
-    check_same_run(res_dir, config, tuple(name for name in config if name not in _FREE))
+    """Raises a UserError naming the first difference to the run in res_dir that has an influence on results.
+
+    Args:
+        res_dir: results folder.
+        config: settings of this run, as conf.json will hold them.
+        norm: mean and standard deviation of the pixels.
+        extra_stats: those of the extra features.
+    """
+    _compare(res_dir, {name: value for name, value in config.items() if name not in _FREE})
     for earlier, now in zip(load_normalisation(res_dir), (norm, extra_stats)):
         if (earlier is None) != (now is None) or any(
             a.shape != np.shape(b) or not np.allclose(a, b) for a, b in zip(earlier or (), now or ())
@@ -195,6 +200,18 @@ def check_same_settings(
             raise UserError(
                 f"--resume: {res_dir / NORMALISATION} does not fit the data, which changed since the run was begun; "
                 "restore them, or give --overwrite."
+            )
+
+
+def _compare(res_dir: Path, settings: dict[str, Any]) -> None:
+    """Raises a UserError naming the first of these settings that is not that of the run in res_dir."""
+    earlier = read_config(res_dir)
+    for name, value in settings.items():
+        value = json.loads(json.dumps(value))
+        if earlier.get(name, value) != value:  # what nothing is known of may be of a later version
+            raise UserError(
+                f"--resume: {name} is {_brief(value)} but was {_brief(earlier[name])} when {res_dir} was begun; "
+                "give the same settings and data, or --overwrite."
             )
 
 

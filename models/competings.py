@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from models.layers import Positions, PositionalTable, check_all_dates, mlp
+from models.layers import PositionalTable, Positions, check_all_dates, mlp
 
 T = 1000  # period of the positional encoding, fixed as published
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-
 Positions = Sequence[float] | str | None  # days of the dates; DAYS; or None to number the dates
 DAYS = "days"  # positions are computed from the days that come with every batch
 

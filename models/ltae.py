@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.layers import DateProjection, Positions, PositionalTable, attention_weights, check_dates, mlp
+from models.layers import DateProjection, PositionalTable, Positions, attention_weights, check_dates, mlp
 
 
 class LTAE(nn.Module):

@@ -297,13 +297,12 @@ class PseLTae_pretrained(Ensemble):
             fold, device: as for the class; without a device CUDA if there is a GPU, else the CPU.
 
         Raises:
-            FileNotFoundError, ValueError: as for the class; also if conf.json is damaged or of another classifier.
+            FileNotFoundError: if the fold is missing.
+            ValueError: as for the class; also if there is no such folder, or conf.json is damaged or of another classifier.
         """
-        from learning.runs import run_hyperparameters  # that module imports this one
+        from learning.run import open_run  # that module imports this one
 
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(folder, run_hyperparameters(folder, cls.classifier.__name__), device, fold)
+        return open_run(folder, cls.classifier.__name__).load(fold, device)
 
 
 class PseTae_pretrained(PseLTae_pretrained):

@@ -23,11 +23,12 @@ from sklearn.model_selection import StratifiedGroupKFold
 from learning.cartography import PALETTE, fill, frame_panel, outline_paths
 from learning.errors import UserError, run_cli
 from learning.files import write_bytes
-from learning.options import LABELS, Parser, non_negative, positive
+from learning.options import Parser, non_negative, positive
 from learning.options import seed as parse_seed
 from learning.results import save_figure
 from preprocessing.metadata import read_nomenclatures
 from preprocessing.parcels import OUTLINES, read_outlines, to_ground
+from preprocessing.settings import LABELS
 from preprocessing.store import check_folder
 
 if TYPE_CHECKING:

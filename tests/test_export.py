@@ -10,11 +10,11 @@ from torch.torch_version import TorchVersion
 
 from dataset import PixelSetData
 from learning.export import Exported, check_export
-from learning.options import CLASSES_20
 from learning.results import load_normalisation
-from learning.runs import load_classifiers
+from learning.run import open_run
 from models.series import Series
 from models.stclassifier import Ensemble, PseLTae
+from preprocessing.settings import CLASSES_20
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder, write_meta
 
@@ -72,7 +72,7 @@ def compare(path: Path, folder: Path, weights: Path, fold: str) -> list[str]:
     extra = "geomfeat" if config["n_extra"] else None
     data = PixelSetData(folder, None, 6, norm=norm, extra_feature=extra, extra_stats=extra_norm).evaluation(1)
     x, _ = data.batch(range(len(data)))
-    ensemble = load_classifiers(weights, config, data.n_extra, data.date_positions, "cpu", fold)
+    ensemble = open_run(weights).load(fold, "cpu")
     raw = (
         PixelSetData(folder, None, 6).evaluation(1).batch(range(len(data)))[0]
     )  # neither normalised nor scaled

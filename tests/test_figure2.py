@@ -21,8 +21,9 @@ from learning.comparison import (
     published_curves,
 )
 from learning.files import read_json
-from learning.options import CLASSES_20, read_preset
-from learning.runs import PUBLISHED_DAYS, published_config
+from learning.options import read_preset
+from learning.run import PUBLISHED_DAYS, published_config
+from preprocessing.settings import CLASSES_20
 from tests.commands import run_command
 from tests.folders import write_folder, write_meta
 

@@ -23,8 +23,9 @@ import pytest
 import torch
 
 from dataset import PixelSetData, find_norm
+from learning.results import load_normalisation, save_normalisation, save_overall
 from learning.resume import STATE, FoldProgress, finished_folds
-from learning.results import load_normalisation, read_config, save_normalisation, save_overall
+from learning.run import read_config
 from learning.safe_pickle import load_arrays
 from models.weights import load_weights, read_checkpoint
 from preprocessing.folds import read_parts

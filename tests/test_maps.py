@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -257,15 +258,21 @@ def test_wrong_input_stops_before_predicting(
     assert end.value.code == 2 and message in error and error.count("\n") == 1
 
 
-def test_the_embedded_dataset_has_no_outlines(
+def test_the_outlines_are_those_of_the_dataset_that_is_predicted(
     tmp_path: Path, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    """Which is that of the run, unless another is named; the embedded one has none."""
+    results = Path(shutil.copytree(trained[1], tmp_path / "results"))
+    command = f"--weight_dir {results} --output_dir {tmp_path / 'out'} --map {tmp_path / 'm.png'}"
+    run_command(inference.main, command, monkeypatch)
+    assert (tmp_path / "m.png").exists()
+    config = json.loads((results / "conf.json").read_text())
+    bare = Path(shutil.copytree(trained[0], tmp_path / "bare"))
+    (bare / "META" / "parcels.gpkg").unlink()
+    changed = config | {"simulated": True, "dataset_folder": str(bare)}
+    (results / "conf.json").write_text(json.dumps(changed))
     with pytest.raises(SystemExit):
-        run_command(
-            inference.main,
-            f"--weight_dir {trained[1]} --output_dir {tmp_path} --map {tmp_path / 'm.png'}",
-            monkeypatch,
-        )
+        run_command(inference.main, command, monkeypatch)
     assert "--map needs outlines" in capsys.readouterr().err
 
 

@@ -482,7 +482,7 @@ INFERENCE_FLAGS = {
     "--fold some": ["'some'", "'all' or a number from 1"],
     "--fold ²": ["'²'", "'all' or a number from 1"],
     "--labels other": ["no nomenclature 'other'", "--labels"],
-    "--geomfeat 0": ["4 extra features", "has 0"],
+    "--geomfeat 0": ["4 extra features", "--geomfeat"],
     "--norm nowhere.pkl": ["nowhere.pkl", "No such file"],
     "--n_head 4": [CHECKPOINT, "another architecture", "attention_heads.Q is (2, 2) instead of (4, 2)"],
     "--positions order": [CHECKPOINT, "another architecture", "position_enc"],
@@ -620,6 +620,7 @@ WRONG += [("lms", value) for value in ("abc", -1, 1.5, [], True)]
 WRONG += [
     (name, value) for name in ("date_positions", "grid") for value in ("abc", 5, {}, [1, "a"], [None], [1.5])
 ]
+WRONG += [("nodata", value) for value in ("abc", [], True)]
 WRONG += [("season_start", value) for value in ("10-01", 5, [1], [1, 2, 3])]
 WRONG += [("labels", value) for value in (5, ["a"], {})]
 
@@ -633,12 +634,19 @@ def test_configuration_of_wrong_types(infer, results, name):
         check_refusal(infer(), "conf.json", name)
 
 
-def test_configuration_that_lacks_an_entry(infer, results):
+def test_an_entry_that_the_configuration_lacks_has_its_default(infer, results, tmp_path):
     path = results / "conf.json"
     config = json.loads(path.read_text())
-    for name in ("mlp1", "tae", "n_extra", "sub_classes"):
+    assert infer()[0] == 0
+    expected = (tmp_path / "out" / "predictions.csv").read_bytes()
+    # What was added since, or holds the default anyway.
+    added = ("tae", "nodata", "nodata_declared", "season_start", "class_names", "rdm_seed", "grid_days", "preset")
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in added}))
+    assert infer()[0] == 0
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == expected
+    for name, words in (("mlp1", ["mlp1[0] is 10", "4 channels"]), ("sub_classes", ["20", "3"])):
         path.write_text(json.dumps({key: value for key, value in config.items() if key != name}))
-        check_refusal(infer(), "conf.json", repr(name))
+        check_refusal(infer(), *words)
 
 
 @pytest.mark.parametrize(
