@@ -204,7 +204,9 @@ class PixelSetData(Dataset):
             if expected not in (None, found):
                 raise UserError(f"the model was trained on {expected} {what} but {folder} has {found}.")
         if settings.norm is not None:
-            dataset.set_norm(check_norm(settings.norm, dataset.norm_shape, "the run's normalisation"), in_order=True)
+            dataset.set_norm(
+                check_norm(settings.norm, dataset.norm_shape, "the run's normalisation"), in_order=True
+            )
         return dataset
 
     def _set_days(

@@ -142,7 +142,9 @@ def main() -> None:
     )
     voters = None if held_out is None else place_of_fold(held_out, folds)
     if not is_main():
-        for _ in score_batches(ensemble, dataset, len(classes), args.batch_size, args.num_workers, device, voters):
+        for _ in score_batches(
+            ensemble, dataset, len(classes), args.batch_size, args.num_workers, device, voters
+        ):
             pass
         return
     predicted = predict(ensemble, dataset, classes, args.batch_size, args.num_workers, device, output, voters)
@@ -176,7 +178,9 @@ def choose_run(args: argparse.Namespace) -> Run:
         print(f"Configuration: {args.weight_dir} has no {CONFIG}, so published defaults and flags")
         run = published_run(run.folder, typed, preset)
     elif args.kfold:
-        raise UserError(f"--kfold restores the folds of weights alone, but {args.weight_dir} has a {CONFIG}; leave it out.")
+        raise UserError(
+            f"--kfold restores the folds of weights alone, but {args.weight_dir} has a {CONFIG}; leave it out."
+        )
     if args.sub_classes and len(set(args.sub_classes)) < len(args.sub_classes):
         raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
     data = run.data
@@ -206,14 +210,20 @@ def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
     elif folder is None:
         folder = run.dataset_folder
         print(f"Dataset: the one that the run was trained on, {folder}; --dataset_folder chooses another")
-    if run.is_bare and args.geomfeat is None and not (Path(folder) / "META" / f"{EXTRA_FEATURE}.json").exists():
+    if (
+        run.is_bare
+        and args.geomfeat is None
+        and not (Path(folder) / "META" / f"{EXTRA_FEATURE}.json").exists()
+    ):
         run = replace(run, data=replace(run.data, n_extra=0))
     if args.labels is not None and run.data.labels_in(Path(folder)) is None:
         read_nomenclature(Path(folder), args.labels)  # says that it is not there
     dataset = run.open_dataset(folder, args.cache_dir, args.preload)
     days = run.config["date_positions"]
     if not run.is_bare and days is not None and dataset.date_positions != days:
-        print("Dates: not those of the training; the model takes each for the training's date of the same rank")
+        print(
+            "Dates: not those of the training; the model takes each for the training's date of the same rank"
+        )
     if run.data.norm is None:
         norm, source = find_norm(dataset, args.norm)
         dataset.set_norm(norm)
@@ -229,7 +239,9 @@ def choose_architecture(args: argparse.Namespace, run: Run, dataset: PixelSetDat
         architecture = resolve_architecture(
             typed, read_preset(args.preset), dataset.n_channels, n_dates, dataset.n_extra, n_classes
         )
-        return run.config | architecture | {"n_extra": dataset.n_extra, "date_positions": dataset.date_positions}
+        return (
+            run.config | architecture | {"n_extra": dataset.n_extra, "date_positions": dataset.date_positions}
+        )
     check_typed(typed, run.config, dataset.n_channels, n_dates, n_classes)
     if n_classes != run.config["mlp4"][-1]:
         raise UserError(

@@ -237,7 +237,12 @@ def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
         seed=args.rdm_seed,
     )
     every_label = PixelSetData(
-        folder, labels, NPIXEL, cache_dir=args.cache_dir, nodata=asked.nodata_in(folder), season_start=args.season_start
+        folder,
+        labels,
+        NPIXEL,
+        cache_dir=args.cache_dir,
+        nodata=asked.nodata_in(folder),
+        season_start=args.season_start,
     )
     names = every_label.classes
     present = [names[i] for i in every_label.target] if names else every_label.target.tolist()

@@ -115,7 +115,11 @@ def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], p
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
         ensemble = run.load(fold, "cpu")
     inputs = export(path, ensemble, config, run.data.norm, run.data.extra_stats, classes)
-    values = "as in DATA" if run.data.norm is not None else "already normalised, since no normalisation.npz is there"
+    values = (
+        "as in DATA"
+        if run.data.norm is not None
+        else "already normalised, since no normalisation.npz is there"
+    )
     return (
         f"{path}: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {weight_dir}\n"
         f"Inputs: {', '.join(inputs)}; values {values}\nOutput: {OUTPUT} (batch, {len(classes)})"

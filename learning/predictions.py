@@ -172,6 +172,10 @@ def report(
                 print(f"Fold {fold}: {score(test)} its {test.sum()} test parcels")
         known &= np.isin(held_out, folds)
     if known.any():
-        remark = "parcels that the model was trained on flatter it" if held_out is None else "each by the fold that did not learn from it"
+        remark = (
+            "parcels that the model was trained on flatter it"
+            if held_out is None
+            else "each by the fold that did not learn from it"
+        )
         print(f"All: {score(known)} the {known.sum()} parcels with a known class; {remark}")
     print(f"Predictions: {output / TABLE}, {output / PREDICTIONS}")

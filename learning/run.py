@@ -88,7 +88,9 @@ class Run:
         """
         named = self.config["dataset_folder"]
         if named is None:
-            raise UserError(f"nothing in {self.folder} says which dataset it was trained on; name one (--dataset_folder).")
+            raise UserError(
+                f"nothing in {self.folder} says which dataset it was trained on; name one (--dataset_folder)."
+            )
         if not Path(named).is_dir():
             raise UserError(
                 f"the dataset that {self.folder} was trained on, {named}, is not there; name one (--dataset_folder)."
@@ -96,7 +98,10 @@ class Run:
         return Path(named)
 
     def load(
-        self, fold: int | str = "all", device: str | torch.device | None = None, config: dict[str, Any] | None = None
+        self,
+        fold: int | str = "all",
+        device: str | torch.device | None = None,
+        config: dict[str, Any] | None = None,
     ) -> Ensemble:
         """The trained classifiers.
 
@@ -112,7 +117,9 @@ class Run:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         config = self.config if config is None else config
         kind = getattr(stclassifier, f"{classifier_name(config)}_pretrained")
-        return kind(self.folder, hyperparameters(config, config["n_extra"], config["date_positions"]), device, fold)
+        return kind(
+            self.folder, hyperparameters(config, config["n_extra"], config["date_positions"]), device, fold
+        )
 
     def predict(
         self,
@@ -142,7 +149,9 @@ class Run:
         classes, device = list(self.data.classes), next(ensemble.parameters()).device
         if dataset.fits_on(device):
             dataset = dataset.to(device)
-        rows = torch.cat(list(score_batches(ensemble, dataset, len(classes), batch_size, num_workers, device)))
+        rows = torch.cat(
+            list(score_batches(ensemble, dataset, len(classes), batch_size, num_workers, device))
+        )
         target, best = rows[:, :2].long().T.tolist()
         return Predictions(
             dataset.pid,
@@ -205,7 +214,9 @@ def open_run(folder: str | Path, classifier: str | None = None) -> Run:
     return Run(folder, config, data)
 
 
-def published_run(folder: Path, typed: dict[str, Any] | None = None, preset: dict[str, Any] | None = None) -> Run:
+def published_run(
+    folder: Path, typed: dict[str, Any] | None = None, preset: dict[str, Any] | None = None
+) -> Run:
     """Weights that no conf.json describes: published ones, with these architecture settings and else the default ones."""
     norm, extra_stats = load_normalisation(folder)
     data = DataSettings(norm=norm, extra_stats=extra_stats)

@@ -1,5 +1,6 @@
 """The four classifiers: pixel-set encoder, temporal encoder, decoder; and ensembles of trained ones."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from models.competings import GRU, TempConv
 from models.decoder import get_decoder
 from models.layers import Positions, trainable_parameters
 from models.ltae import LTAE
-from models.pse import PixelSet, PixelSetEncoder
+from models.pse import PixelSet, PixelSetEncoder, split_input
 from models.series import Series, present_first
 from models.tae import TemporalAttentionEncoder
 from models.weights import choose_folds, load_weights, read_checkpoint
@@ -226,9 +227,13 @@ class Ensemble(nn.Module):
         """Stays in evaluation mode, whatever is asked: batch statistics and dropout would change predictions."""
         return super().train(False)
 
+    def _look_at(self, input: PixelSet | Series) -> None:
+        """Called with every batch."""
+
     @torch.no_grad()
     def member_log_probabilities(self, input: PixelSet | Series) -> Tensor:
         """Every member's log-softmax, (members, B, K)."""
+        self._look_at(input)
         outputs = (member(input) for member in self.members)
         logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
         return torch.log_softmax(torch.stack(logits), dim=2)
@@ -283,7 +288,21 @@ class PseLTae_pretrained(Ensemble):
             load_weights(member, read_checkpoint(path)["state_dict"], source=path)
             members.append(member)
         super().__init__(members)
+        self._is_first_batch = True
         self.to(device)
+
+    def _look_at(self, input: PixelSet | Series) -> None:
+        """Warns if the first batch is plainly not normalised: large numbers, or many of which none is below 0."""
+        if not self._is_first_batch:
+            return
+        self._is_first_batch = False
+        pixels = input.pixels if isinstance(input, Series) else split_input(input)[0][0]
+        if pixels.abs().median() > 10 or (len(pixels) >= 8 and pixels.min() >= 0):
+            warnings.warn(
+                f"the pixels are not normalised, they are from {pixels.min():g} to {pixels.max():g}, so the predictions mean "
+                "nothing; learning.run.open_run(folder).predict(dataset_folder) reads and normalises them as in training.",
+                stacklevel=4,
+            )
 
     @classmethod
     def from_run(

@@ -123,7 +123,9 @@ class PixelStore:
         if path.exists():
             with np.load(path, allow_pickle=False) as found:
                 complete, observed = found["complete"], found["observed"]
-            if {complete.shape, observed.shape} != {self.ids.shape} or {complete.dtype, observed.dtype} != {np.dtype(bool)}:
+            if {complete.shape, observed.shape} != {self.ids.shape} or {complete.dtype, observed.dtype} != {
+                np.dtype(bool)
+            }:
                 raise ValueError(f"{path.name} does not hold two columns of truth values")
             return complete, observed
         complete, observed = np.ones(len(self.ids), bool), self.sizes > 0
@@ -167,7 +169,9 @@ class PixelStore:
 
     def parcel(self, place: int) -> np.ndarray:
         """The pixels of the parcel at a place in `ids`, (S, T, C), in the type of the files."""
-        values = np.asarray(self._values)[self._first[place] : self._first[place + 1]]  # a plain array: less overhead
+        values = np.asarray(self._values)[
+            self._first[place] : self._first[place + 1]
+        ]  # a plain array: less overhead
         return values.reshape(self.sizes[place], self.dates[place], self.n_channels)
 
     def to(self, device: torch.device) -> "PixelStore":
@@ -255,7 +259,9 @@ def open_store(
         ) from error
     _check_dates(folder, store.ids, store.dates, n_dates)
     if not store.observed.any():
-        meaning = "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
+        meaning = (
+            "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
+        )
         raise UserError(f"no pixel of {folder} is present on any date; {meaning}.")
     return store
 

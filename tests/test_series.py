@@ -81,7 +81,9 @@ def test_in_single_precision_too(name):
     logits = model(series)
     for i, n in enumerate((series.mask.sum(2) > 0).sum(1)):
         assert close(
-            model(one(series, i, slice(0, n)))[0], logits[i], 1e-6 * max(1, float(logits.detach().abs().max()))
+            model(one(series, i, slice(0, n)))[0],
+            logits[i],
+            1e-6 * max(1, float(logits.detach().abs().max())),
         )
 
 

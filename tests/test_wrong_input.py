@@ -640,7 +640,16 @@ def test_an_entry_that_the_configuration_lacks_has_its_default(infer, results, t
     assert infer()[0] == 0
     expected = (tmp_path / "out" / "predictions.csv").read_bytes()
     # What was added since, or holds the default anyway.
-    added = ("tae", "nodata", "nodata_declared", "season_start", "class_names", "rdm_seed", "grid_days", "preset")
+    added = (
+        "tae",
+        "nodata",
+        "nodata_declared",
+        "season_start",
+        "class_names",
+        "rdm_seed",
+        "grid_days",
+        "preset",
+    )
     path.write_text(json.dumps({key: value for key, value in config.items() if key not in added}))
     assert infer()[0] == 0
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == expected
