@@ -21,6 +21,7 @@ from learning.draws import (
     uniform_values,
 )
 from learning.errors import UserError
+from learning.runtime import map_tensors
 from models.series import Series
 from models.threads import share
 from preprocessing.metadata import (
@@ -485,13 +486,24 @@ class BatchSampler(Sampler[list[int]]):
 
 
 class _Batches(Dataset):
-    """A dataset whose items are whole batches, asked for by lists of indices."""
+    """A dataset whose items are whole batches, asked for by lists of indices.
 
-    def __init__(self, dataset: PixelSetData) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: the parcels.
+        dense: writes out the rows that masks and extra features repeat: memory that is shared cannot be pinned.
+    """
+
+    def __init__(self, dataset: PixelSetData, dense: bool) -> None:
+        self.dataset, self.dense = dataset, dense
 
     def __getitem__(self, items: list[int]) -> tuple[Any, ...]:
-        return self.dataset.batch(items)
+        batch = self.dataset.batch(items)
+        return map_tensors(_write_out, batch) if self.dense else batch
+
+
+def _write_out(x: Tensor) -> Tensor:
+    """The same tensor, none of whose elements share memory."""
+    return x.contiguous() if 0 in x.stride() else x
 
 
 def batch_loader(
@@ -504,7 +516,11 @@ def batch_loader(
     if dataset.device.type != "cpu":
         num_workers, pin_memory = 0, False
     return DataLoader(
-        _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+        _Batches(dataset, dense=pin_memory),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
     )
 
 
