@@ -140,6 +140,8 @@ def main() -> None:
         channels = read_info(dataset.folder).get("bands") or []
         bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)
     ensemble = load_ensemble(args, config, dataset, device)
+    if dataset.fits_on(device):
+        dataset = dataset.to(device)
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"
