@@ -21,6 +21,7 @@ from learning.draws import (
     uniform_values,
 )
 from learning.errors import UserError
+from learning.runtime import map_tensors
 from models.series import Series
 from models.threads import share
 from preprocessing.metadata import (
@@ -219,9 +220,12 @@ class PixelSetData(Dataset):
             start = first if season_start is None else season_start_before(int(own.min()), season_start)
             return own[order] - start, order
 
+        self._order = None  # rows of the files in the order of shared dates, where that is another one
         if isinstance(days, np.ndarray):
             self._calendar: Any = since(days, int(days.min()))
             self.date_positions = self._calendar[0].tolist()
+            if _is_unordered(self._calendar[1]):
+                self._order = torch.from_numpy(self._calendar[1])
         else:
             first = min(int(own.min()) for own in days.values())
             self._calendar = [since(days[int(parcel)], first) for parcel in self.pid]
@@ -260,8 +264,8 @@ class PixelSetData(Dataset):
         else:
             rows = self.norm
         mean, std = (np.broadcast_to(x, self.norm_shape if shared else (1, self.n_channels)) for x in rows)
-        self._scale = torch.from_numpy(1 / std).float()
-        self._shift = torch.from_numpy(-mean / std).float()
+        self._scale = torch.from_numpy(1 / std).float().to(self.device)
+        self._shift = torch.from_numpy(-mean / std).float().to(self.device)
 
     def fits_on(self, device: torch.device) -> bool:
         """Whether the pixels take at most half of the memory that is free on a CUDA device, and can be used there."""
@@ -272,13 +276,13 @@ class PixelSetData(Dataset):
         )
 
     def to(self, device: torch.device) -> "PixelSetData":
-        """The same parcels with pixels and all else on a device, where batches are then drawn and prepared."""
+        """The same parcels, and draws, with all they need on a device, where batches are then prepared."""
         view = copy.copy(self)
         view.store = self.store.to(device)
-        for name in ("_ids", "_sizes", "_first", "_target", "extra", "_scale", "_shift", "_noise"):
+        for name in ("_ids", "_sizes", "_first", "_target", "_order", "extra", "_scale", "_shift", "_noise"):
             value = getattr(self, name)
             setattr(view, name, None if value is None else value.to(device))
-        return view
+        return view if self._draw is None else view.epoch_draws(*self._draw)
 
     @property
     def device(self) -> torch.device:
@@ -340,7 +344,10 @@ class PixelSetData(Dataset):
         (B, npixel, T, C), the order in which the store keeps and the models use them; mask (B, T, npixel) and extra
         (B, T, F) repeat one row per parcel where they can.
         """
-        items = torch.as_tensor(items, device=self.device)
+        items = torch.as_tensor(items)
+        if self.device.type == "cuda" and items.device.type == "cpu":
+            items = items.pin_memory()  # or else the host would wait for all that the device has still to do
+        items = items.to(self.device, non_blocking=True)
         draw = self._draw if self._draw is not None else (int(torch.randint(2**62, ())),)
         data = self._series(items, draw) if self.varying else self._sets(items, draw)
         target = self._target[items]
@@ -379,9 +386,8 @@ class PixelSetData(Dataset):
         else:
             fill(0)
         x = x.view(B, S, L, C)
-        order = self._calendar[1]
-        if _is_unordered(order):
-            x = x[:, :, torch.from_numpy(order).to(self.device)]
+        if self._order is not None:
+            x = x.index_select(2, self._order)
         filled = torch.arange(S, device=self.device) < sizes.clamp(min=1).unsqueeze(1)
         data = x.permute(0, 2, 3, 1), filled.float().unsqueeze(1).expand(-1, L, -1)
         return data if self.extra is None else (data, self.extra[items].unsqueeze(1).expand(-1, L, -1))
@@ -532,13 +538,24 @@ class BatchSampler(Sampler[list[int]]):
 
 
 class _Batches(Dataset):
-    """A dataset whose items are whole batches, asked for by lists of indices."""
+    """A dataset whose items are whole batches, asked for by lists of indices.
 
-    def __init__(self, dataset: PixelSetData) -> None:
-        self.dataset = dataset
+    Args:
+        dataset: the parcels.
+        dense: writes out the rows that masks and extra features repeat: memory that is shared cannot be pinned.
+    """
+
+    def __init__(self, dataset: PixelSetData, dense: bool) -> None:
+        self.dataset, self.dense = dataset, dense
 
     def __getitem__(self, items: list[int]) -> tuple[Any, ...]:
-        return self.dataset.batch(items)
+        batch = self.dataset.batch(items)
+        return map_tensors(_write_out, batch) if self.dense else batch
+
+
+def _write_out(x: Tensor) -> Tensor:
+    """The same tensor, none of whose elements share memory."""
+    return x.contiguous() if 0 in x.stride() else x
 
 
 def batch_loader(
@@ -551,7 +568,11 @@ def batch_loader(
     if dataset.device.type != "cpu":
         num_workers, pin_memory = 0, False
     return DataLoader(
-        _Batches(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+        _Batches(dataset, dense=pin_memory),
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
     )
 
 

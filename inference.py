@@ -135,6 +135,8 @@ def main() -> None:
     held_out = restore_folds(dataset, args.kfold, args.rdm_seed) if args.kfold else None
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
         ensemble = run.load(args.fold, device, config)
+    if dataset.fits_on(device):
+        dataset = dataset.to(device)
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"

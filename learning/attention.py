@@ -69,7 +69,7 @@ def mean_attention(
         device: where the ensemble is.
     """
     M, H = len(ensemble.members), ensemble.members[0].temporal_encoder.attention_heads.n_head
-    edges = torch.as_tensor(bin_starts(dataset), device=device)
+    edges, classes = (torch.as_tensor(values, device=device) for values in (bin_starts(dataset), groups))
     K, T = n_classes, len(edges)
     weight = torch.zeros(M, H, K * T, dtype=torch.float64, device=device)
     sums = torch.zeros(4, K * T, dtype=torch.float64, device=device)  # dates; NDVI: number, sum, squares
@@ -78,7 +78,7 @@ def mean_attention(
     for x, target in progress_bar(batches, "attention", "batches"):
         x = recursive_todevice(x, device)
         pixels, mask, days = unpack(x, dataset)
-        group = torch.as_tensor(groups[start : start + len(target)], device=device)
+        group = classes[start : start + len(target)]
         start += len(target)
         present = (mask != 0).any(2) & (group >= 0).unsqueeze(1)  # (B, L)
         group = group.clamp(min=0)

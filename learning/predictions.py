@@ -103,7 +103,8 @@ def score_batches(
     for i in progress_bar(rounds, "predicting", "batches", shown=is_main()):
         rows = torch.empty(0, 4 + n_classes, dtype=torch.float64)
         for x, y in itertools.islice(batches, 1):  # none in the last round of some processes
-            members = ensemble.member_log_probabilities(recursive_todevice(x, device))  # (members, B, K)
+            x, y = recursive_todevice((x, y), device)
+            members = ensemble.member_log_probabilities(x)  # (members, B, K)
             probabilities = members.mean(0).softmax(1)
             agree = members.argmax(2)
             if voters is not None:
@@ -116,7 +117,7 @@ def score_batches(
             confidence, best = probabilities.max(1)
             best[confidence.isnan()] = UNKNOWN  # a parcel without any observation
             agreement = (agree == best).float().mean(0)
-            columns = (y.to(device), best, confidence, agreement)
+            columns = (y, best, confidence, agreement)
             rows = torch.cat([torch.stack([v.double() for v in columns], 1), probabilities.double()], 1).cpu()
         yield from gather_rows(rows, batch_size)
 

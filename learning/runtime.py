@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,15 @@ def count_workers(asked: int) -> int:
 
 def recursive_todevice(x: Any, device: torch.device) -> Any:
     """Moves a tensor, or the tensors in nested tuples and lists, to a device without waiting for the copy."""
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), x)
+
+
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], x: Any) -> Any:
+    """A tensor, or nested tuples and lists, with every tensor changed; all else stays as it is."""
     if isinstance(x, torch.Tensor):
-        return x.to(device, non_blocking=True)
+        return change(x)
     if isinstance(x, (tuple, list)):
-        items = [recursive_todevice(item, device) for item in x]
+        items = [map_tensors(change, item) for item in x]
         return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
     return x
 

@@ -89,7 +89,8 @@ class PixelSetEncoder(nn.Module):
         if self.with_extra and extra is None:
             raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
         B, L, _, _ = pixels.shape
-        rows = None if present is None else present.flatten().nonzero().squeeze(1)  # the dates that are there
+        parcel, date = (None, None) if present is None else present.nonzero(as_tuple=True)
+        rows = None if present is None else parcel * L + date  # the dates that are there
         if self._can_fuse(pixels):
             n_dates = None if present is None else present.sum(1).tolist()
             features = [x.flatten(0, 1) for x in pool_mean_std(pixels, mask, self.mlp1, n_dates)]
@@ -97,7 +98,7 @@ class PixelSetEncoder(nn.Module):
         elif present is None:
             features = [x.flatten(0, 1) for x in self._pool(pixels, mask)]
         else:  # every date that is present as a parcel of one date
-            sets = self._pool(pixels[present].unsqueeze(1), mask[present].unsqueeze(1))
+            sets = self._pool(pixels[parcel, date].unsqueeze(1), mask[parcel, date].unsqueeze(1))
             features = [x.flatten(0, 1) for x in sets]
         if self.with_extra:
             extra = extra.to(pixels.dtype)

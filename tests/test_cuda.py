@@ -1,0 +1,433 @@
+"""Training, resuming, predicting and attention on a GPU, imitated by `pretend_cuda.py`: numbers are those of a CPU."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from datetime import date, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import train
+from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
+from learning import attention
+from learning.engine import train_epoch
+from learning.focal_loss import FocalLoss
+from learning.options import build_model, read_preset, resolve_architecture
+from learning.resume import STATE
+from learning.runtime import map_tensors
+from learning.weight_init import weight_init
+from tests.commands import run_inference, run_train
+from tests.folders import NOMENCLATURE, write_folder, write_meta
+from tests.pretend_cuda import CUDA, ROOM, Log, PretendTensor, pretend_cuda
+
+FLAGS = {"L-TAE": "", "TAE": "--tae", "GRU": "--gru", "TempCNN": "--tcnn"}
+WITH_ATTENTION = ("L-TAE", "TAE")
+EPOCHS = 2
+DATES = {
+    "shared": (ROOM, 0),
+    "varying": (ROOM,),
+}  # bytes free on the device; pixels of varying dates never go there
+# Waits of the host in one training step. Each costs more than many kernels: a number may only go down.
+WAITS = {"shared": dict.fromkeys(FLAGS, 0), "varying": {"L-TAE": 4, "TAE": 4, "GRU": 6, "TempCNN": 3}}
+MOST_KERNELS = 280  # of a training step of L-TAE with shared dates
+
+
+def write_shared(path: Path) -> Path:
+    """Fifteen parcels of 1 to 9 pixels, and five dates that the files have out of order."""
+    write_folder(path, 15, sizes=[1 + i % 9 for i in range(15)])
+    days = json.loads((path / "META" / "dates.json").read_text())
+    write_meta(path, "dates", {str(i): days[str(t)] for i, t in enumerate([3, 1, 4, 0, 2])})
+    return path
+
+
+def write_varying(path: Path) -> Path:
+    """The same with dates of their own, and pixels, dates and one whole parcel missing."""
+    write_shared(path)
+    random, dates = np.random.default_rng(1), {}
+    for parcel in range(1, 16):
+        n_dates = 3 + parcel % 3
+        pixels = np.load(path / "DATA" / f"{parcel}.npy")[:n_dates]
+        gaps = random.random((n_dates, pixels.shape[2])) < 0.2
+        gaps[parcel % n_dates] = parcel % 2
+        np.save(path / "DATA" / f"{parcel}.npy", pixels * ~(gaps | (parcel == 7))[:, None])
+        days = date(2018, 1, 1) + timedelta(parcel) + 20 * np.arange(n_dates) * timedelta(1)
+        dates[str(parcel)] = [str(day) for day in days]
+    write_meta(path, "dates", dates)
+    write_meta(path, "info", {"nodata": 0})
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("data")
+    return {"shared": write_shared(root / "shared"), "varying": write_varying(root / "varying")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """Nothing is drawn, which would take longer than all else and has nothing to do with the device."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for module in (train, attention):
+            monkeypatch.setattr(module, "save_figure", lambda path, figure: plt.close(figure))
+        yield
+
+
+def train_on(
+    device: str, folder: Path, res_dir: Path, flags: str, monkeypatch: pytest.MonkeyPatch, free: int = ROOM
+) -> Path:
+    """Trains on the first fold alone, of three, with the device imitated if it is cuda; returns the results folder."""
+    monkeypatch.setattr(train, "fold_splits", lambda *arguments: fold_splits(*arguments)[:1])
+    options = f"--device {device} --epochs {EPOCHS} --lr 0.0001 --num_workers 0 {flags}"
+    with pretend_cuda(free) if device == "cuda" else nullcontext():
+        return run_train(folder, res_dir, options, monkeypatch)
+
+
+class Case(NamedTuple):
+    """An architecture on a dataset, trained on each device; see `train_on`."""
+
+    name: str
+    dates: str
+    folder: Path
+    cpu: Path
+    cuda: Path
+
+
+@pytest.fixture(scope="module", params=[(name, dates) for dates in DATES for name in FLAGS], ids="-".join)
+def case(
+    request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    name, dates = request.param
+    folder, root = folders[dates], tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        runs = [train_on(where, folder, root / where, FLAGS[name], monkeypatch) for where in ("cpu", "cuda")]
+    return Case(name, dates, folder, *runs)
+
+
+def losses(res_dir: Path) -> list[float]:
+    """Of training and validation in every epoch, and of the test."""
+    log = json.loads((res_dir / "Fold_1" / "trainlog.json").read_text())
+    test = json.loads((res_dir / "Fold_1" / "test_metrics.json").read_text())
+    return [
+        *(scores[key] for scores in log.values() for key in ("train_loss", "val_loss")),
+        test["test_loss"],
+    ]
+
+
+def test_training_gives_the_numbers_of_a_cpu(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [case.cuda]
+    if 0 in DATES[case.dates]:
+        flags = FLAGS[case.name]
+        runs.append(train_on("cuda", case.folder, tmp_path / "res", flags, monkeypatch, free=0))
+    for res_dir in runs:
+        assert losses(res_dir) == pytest.approx(losses(case.cpu), rel=2e-4)
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_after_one(*args: object) -> dict[str, float]:
+        if (tmp_path / "res" / "Fold_1" / STATE).exists():
+            raise KeyboardInterrupt
+        return train_epoch(*args)
+
+    with monkeypatch.context() as stopping:
+        stopping.setattr(train, "train_epoch", stop_after_one)
+        with pytest.raises(SystemExit):
+            train_on("cuda", case.folder, tmp_path / "res", FLAGS[case.name], stopping)
+    train_on("cuda", case.folder, tmp_path / "res", f"{FLAGS[case.name]} --resume", monkeypatch)
+    for name in ("trainlog.json", "test_metrics.json", "model.pth.tar"):
+        assert (tmp_path / "res" / "Fold_1" / name).read_bytes() == (case.cuda / "Fold_1" / name).read_bytes()
+
+
+def read_outputs(output: Path) -> list[np.ndarray]:
+    """The numbers of the table of predictions, and of the attention if there is one."""
+    with open(output / "predictions.csv", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    found = [np.array([[float(x or "nan") for x in row] for row in rows])]
+    if (output / "attention.npz").exists():
+        arrays = np.load(output / "attention.npz")
+        found += [arrays[name] for name in ("weight", "ndvi", "ndvi_std", "observed", "parcels")]
+    return found
+
+
+def test_inference_and_attention_give_the_numbers_of_a_cpu(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "--batch_size 4 --num_workers 0"
+    if case.name in WITH_ATTENTION:
+        options += " --attention --ndvi_bands 0 1"
+    outputs = []
+    for device, free in [("cpu", ROOM), *(("cuda", free) for free in DATES[case.dates])]:
+        output = tmp_path / f"{device}_{free}"
+        with pretend_cuda(free) if device == "cuda" else nullcontext() as log:
+            run_inference(case.folder, case.cpu, output, f"--device {device} {options}", monkeypatch)
+        if log is not None:
+            has_room = case.dates == "shared" and free > 0
+            assert any("PixelStore.to" in place for place in log.waits) == has_room
+        outputs.append(read_outputs(output))
+    expected, *others = outputs
+    assert len(expected) == (6 if case.name in WITH_ATTENTION else 1)
+    assert np.isnan(expected[0][6]).any() == (case.dates == "varying")  # a parcel without observations
+    for found in others:
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ batches and steps
+
+
+def open_folder(folder: Path) -> PixelSetData:
+    return PixelSetData(folder, NOMENCLATURE, 6, [1, 3, 9], (90.0, 60.0), "geomfeat")
+
+
+def flatten(batch: object) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda x: found.append(x) or x, batch)
+    return found
+
+
+def test_without_room_the_pixels_stay_where_they_are(folders: dict[str, Path]) -> None:
+    dataset = open_folder(folders["shared"])
+    for free, fits in [(2 * dataset.store.n_bytes, False), (2 * dataset.store.n_bytes + 1, True)]:
+        with pretend_cuda(free):
+            assert dataset.fits_on(CUDA) == fits
+
+
+@pytest.mark.parametrize("dates", DATES)
+def test_batches_can_be_pinned_and_hold_the_same(dates: str, folders: dict[str, Path]) -> None:
+    dataset = open_folder(folders[dates]).epoch_draws(1)
+    sampler = BatchSampler(range(8), 4)
+    with pretend_cuda():
+        pinned = flatten(list(batch_loader(dataset, sampler, 0, pin_memory=True)))
+    plain = flatten(list(batch_loader(dataset, sampler, 0)))
+    assert len(pinned) == len(plain) == 2 * (4 if dates == "shared" else 5)
+    for a, b in zip(pinned, plain):
+        assert a.pretends_pinned and torch.equal(a, b)
+    pixels = pinned[0]
+    assert pixels.permute(0, 3, 1, 2).is_contiguous()  # as they lie in memory without pinning
+
+
+def test_a_dataset_with_draws_takes_them_to_the_device(folders: dict[str, Path]) -> None:
+    for view in (lambda dataset: dataset.epoch_draws(1, 2), lambda dataset: dataset.evaluation(1)):
+        dataset = open_folder(folders["shared"])
+        expected = flatten(view(dataset).batch([3, 9, 0, 5]))
+        with pretend_cuda() as log:
+            before, after = view(dataset).to(CUDA), view(dataset.to(CUDA))
+            log.clear()
+            for found in (before, after):
+                for a, b in zip(flatten(found.batch([3, 9, 0, 5])), expected, strict=True):
+                    torch.testing.assert_close(a.values, b, rtol=1e-6, atol=1e-6)
+            assert not log.waits
+
+
+def test_a_dataset_on_the_device_can_be_normalised_otherwise(folders: dict[str, Path]) -> None:
+    dataset = open_folder(folders["shared"]).evaluation(1)
+    with pretend_cuda():
+        moved = dataset.to(CUDA)
+        moved.set_norm((5.0, 3.0))
+        found = flatten(moved.batch([3, 9]))
+    dataset.set_norm((5.0, 3.0))
+    torch.testing.assert_close(found[0].values, flatten(dataset.batch([3, 9]))[0])
+
+
+def count_steps(name: str, folder: Path, numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Waits and kernels of epochs of so many training steps on 2 parcels each, once the epoch's draws are made."""
+    with pretend_cuda() as log:
+        dataset = open_folder(folder)
+        n_dates = None if dataset.varying else dataset.n_dates
+        typed = {FLAGS[name][2:]: True} if FLAGS[name] else {}
+        config = resolve_architecture(
+            typed, read_preset(None), dataset.n_channels, n_dates, dataset.n_extra, 3
+        )
+        config["grid"] = list(range(0, 101, 10)) if dataset.varying else None
+        model = build_model(config, dataset.n_extra, dataset.date_positions).apply(weight_init).to(CUDA)
+        optimizer = torch.optim.Adam(model.parameters(), fused=True)
+        assert dataset.fits_on(CUDA) != dataset.varying
+        if dataset.fits_on(CUDA):
+            dataset = dataset.to(CUDA)
+        drawn, counts = dataset.epoch_draws(1), []
+        for n in numbers:
+            loader = batch_loader(drawn, BatchSampler(range(2 * n), 2), 0, pin_memory=True)
+            log.clear()
+            train_epoch(model, optimizer, FocalLoss(1), loader, CUDA, 3)
+            counts.append((log.waits.total(), log.kernels.total()))
+        return counts
+
+
+@pytest.mark.parametrize("dates", DATES)
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_host_seldom_waits_for_a_training_step(name: str, dates: str, folders: dict[str, Path]) -> None:
+    _, few, many = count_steps(name, folders[dates], (1, 2, 5))  # the first step also begins Adam's moments
+    waits, kernels = ((b - a) / 3 for a, b in zip(few, many))
+    assert 0 <= waits <= WAITS[dates][name]
+    assert kernels > 50
+    if (name, dates) == ("L-TAE", "shared"):
+        assert kernels <= MOST_KERNELS
+
+
+# ------------------------------------------------------------------------------------- the imitation does not pass all
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    with pretend_cuda() as log:
+        yield log
+
+
+MIXED = {
+    "add": lambda here, there: here + there,
+    "reversed": lambda here, there: there + here,
+    "product": lambda here, there: there @ here,
+    "concatenation": lambda here, there: torch.cat([here, there]),
+    "index of the host's": lambda here, there: here[there.long()],
+    "index_select": lambda here, there: there.index_select(0, torch.zeros(1, dtype=torch.int64)),
+    "written to": lambda here, there: here.add_(there),
+    "out=": lambda here, there: torch.add(there, 1, out=here),
+    "layer": lambda here, there: nn.Linear(3, 2)(there),
+    "lengths on the device": lambda here, there: pack_padded_sequence(there, there[0].long(), True),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_devices_are_refused(name: str, log: Log) -> None:
+    with pytest.raises(RuntimeError):
+        MIXED[name](torch.ones(3, 3), torch.ones(3, 3, device="cuda"))
+
+
+def test_numbers_of_the_host_may_be_mixed_in(log: Log) -> None:
+    x = torch.ones(3, device="cuda") * torch.tensor(2.0)
+    assert x.device.type == "cuda" and (x.cpu() == 2).all()
+
+
+CONVERTED = {"numpy": lambda x: x.numpy(), "asarray": np.asarray, "stack": lambda x: np.stack([x])[0]}
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_numpy_is_refused(name: str, log: Log) -> None:
+    x = torch.ones(3, device="cuda")
+    assert CONVERTED[name](x.cpu()).shape == (3,)
+    with pytest.raises(TypeError, match="cuda"):
+        CONVERTED[name](x)
+
+
+def test_memory_that_is_shared_cannot_be_pinned(log: Log) -> None:
+    x = torch.arange(12.0).view(3, 4)
+    assert torch.equal(x.t().pin_memory(), x.t()) and x.t().pin_memory().stride() == (1, 4)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        x.unsqueeze(1).expand(-1, 5, -1).pin_memory()
+    with pytest.raises(RuntimeError, match="dense CPU"):
+        x.to("cuda").pin_memory()
+
+
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "truth": lambda x: bool((x > 0).all()),
+    "copy to the host": lambda x: x.cpu(),
+    "nonzero": lambda x: x.nonzero(),
+    "boolean index": lambda x: x[x > 0],
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "from a list": lambda x: torch.as_tensor([1, 2], device="cuda"),
+    "blocking": lambda x: torch.ones(3).pin_memory().to("cuda"),
+    "pageable": lambda x: torch.ones(3).to("cuda", non_blocking=True),
+}
+NOT_WAITING = {
+    "arithmetic": lambda x: (x * 2 + x).sum(),
+    "made there": lambda x: torch.arange(4, device="cuda"),
+    "index": lambda x: x[torch.arange(2, device="cuda")],
+    "filling": lambda x: x.clone().masked_fill_(x > 0, 3),
+    "pinned": lambda x: torch.ones(3).pin_memory().to("cuda", non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("name", [*WAITING, *NOT_WAITING])
+def test_waits_are_noted(name: str, log: Log) -> None:
+    x = torch.ones(3, device="cuda")
+    log.clear()
+    (WAITING | NOT_WAITING)[name](x)
+    assert log.waits.total() == (name in WAITING)
+    assert all("tests/test_cuda.py" in place for place in log.waits)
+
+
+def test_kernels_are_counted(log: Log) -> None:
+    x = torch.ones(3, 4, device="cuda")
+    log.clear()
+    x.t()[1:].add_(1).exp()
+    assert log.kernels["add_"] == log.kernels["exp"] == 1 and log.kernels.total() == 2  # none for the views
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_nothing_that_waits_can_be_captured(name: str, log: Log) -> None:
+    x = torch.ones(3, device="cuda")
+    with pytest.raises(RuntimeError, match="capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        WAITING[name](x)
+
+
+def test_a_graph_repeats_what_was_captured(log: Log) -> None:
+    x, total, factor = torch.ones(3, device="cuda"), torch.zeros(3, device="cuda"), 2
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = (x * factor).clone()
+        total += y
+    assert total.tolist() == [0, 0, 0]  # captured, not carried out
+    factor = 5  # too late
+    for value in (1, 10):
+        x.fill_(value)
+        graph.replay()
+        assert y.tolist() == 3 * [2 * value]
+    assert total.tolist() == 3 * [22] and log.replays == 2
+
+
+def test_training_steps_replayed_are_those_carried_out(log: Log) -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).to(CUDA)
+        return model, torch.optim.Adam(model.parameters(), fused=True, capturable=True)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+        optimizer.zero_grad()
+        FocalLoss(1)(model(x), y).backward()
+        optimizer.step()
+
+    batches = [(torch.randn(5, 4), torch.randint(3, (5,))) for _ in range(5)]
+    eager, replayed = make(), make()
+    x, y = (values.to(CUDA) for values in batches[0])
+    graph = torch.cuda.CUDAGraph()
+    for i, batch in enumerate(batches):
+        step(*eager, *(values.to(CUDA) for values in batch))
+        x.copy_(batch[0]), y.copy_(batch[1])
+        if i == 0:
+            step(*replayed, x, y)
+            with torch.cuda.graph(graph):
+                step(*replayed, x, y)
+        else:
+            graph.replay()
+    for a, b in zip(eager[0].state_dict().values(), replayed[0].state_dict().values(), strict=True):
+        assert torch.equal(a.values, b.values)
+
+
+def test_an_optimizer_has_to_be_capturable(log: Log) -> None:
+    weight = nn.Parameter(torch.ones(3, device="cuda"))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    weight.square().sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="capturable"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+def test_all_is_as_before_afterwards() -> None:
+    available, pin = torch.cuda.is_available, Tensor.pin_memory
+    with pretend_cuda():
+        assert torch.cuda.is_available() and isinstance(torch.ones(2, device="cuda"), PretendTensor)
+    assert torch.cuda.is_available is available and Tensor.pin_memory is pin
+    assert not isinstance(torch.ones(2, device="meta"), PretendTensor)
