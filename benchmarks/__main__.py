@@ -19,8 +19,9 @@ from benchmarks.cases import DEFAULT, LARGEST, N_CHANNELS, Sides, evaluate, infe
 from benchmarks.dates import print_dates_table
 from benchmarks.measure import CELLS, Cell, Worker, copy_rate, count_flops, gemm_rate, measure, peak_memory
 from learning.errors import run_cli
-from learning.options import NPIXEL, Parser, positive
+from learning.options import Parser, positive
 from preprocessing.seasons import DATES
+from preprocessing.settings import NPIXEL
 from preprocessing.simulate import simulate
 
 USUAL: tuple[Cell, ...] = ((True, "fast"), (False, "textbook"))  # each side as its scripts run it

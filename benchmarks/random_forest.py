@@ -12,15 +12,9 @@ from sklearn.metrics import confusion_matrix
 from dataset import PixelSetData, fold_splits
 from learning.errors import run_cli
 from learning.metrics import accuracy, mean_iou
-from learning.options import (
-    LABELS,
-    Parser,
-    choose_classes,
-    natural,
-    parse_list,
-    positive,
-)
+from learning.options import Parser, choose_classes, natural, parse_list, positive
 from learning.progress import progress_bar
+from preprocessing.settings import LABELS
 from preprocessing.simulate import embedded_dataset
 
 

@@ -25,21 +25,13 @@ from learning.engine import evaluation, train_epoch
 from learning.errors import run_cli
 from learning.focal_loss import FocalLoss
 from learning.metrics import accuracy, mean_iou
-from learning.options import (
-    CLASSES_20,
-    EXTRA_FEATURE,
-    LABELS,
-    Parser,
-    build_model,
-    positive,
-    read_preset,
-    resolve_architecture,
-)
+from learning.options import Parser, build_model, positive, read_preset, resolve_architecture
 from learning.progress import progress_bar
 from learning.runtime import keep_freed_memory, set_seeds
 from learning.weight_init import freeze_idle_biases, weight_init
 from preprocessing.metadata import Arrays
 from preprocessing.seasons import PUBLISHED_YEAR
+from preprocessing.settings import CLASSES_20, EXTRA_FEATURE, LABELS
 from preprocessing.simulate import simulate
 
 CPU = torch.device("cpu")
