@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import train
+from common.flags import Parser, positive
 from learning.comparison import (
     PICTURE,
     TABLE,
@@ -32,7 +33,6 @@ from learning.comparison import (
 )
 from learning.errors import UserError, run_cli
 from learning.files import write_json
-from learning.options import Parser, positive
 from learning.results import CONFIG, prepare_output
 from learning.resume import check_typed_settings
 

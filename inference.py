@@ -5,11 +5,12 @@ import learning  # isort: skip  # noqa: F401  # before torch, see there
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from common.flags import Parser, natural, positive, seed
 from dataset import (
     UNKNOWN,
     BatchSampler,
@@ -23,24 +24,19 @@ from learning.errors import UserError, as_user_error, run_cli
 from learning.export import export_run
 from learning.maps import check_picture, match_outlines, write_map
 from learning.options import (
-    Parser,
+    DataShape,
     add_architecture_options,
     add_data_options,
     check_typed,
-    classifier_name,
-    has_attention,
-    natural,
-    positive,
-    read_preset,
     resolve_architecture,
-    seed,
     typed_architecture,
 )
 from learning.predictions import TABLE, place_of_fold, predict, report, restore_folds, score_batches
 from learning.results import CONFIG, prepare_output
 from learning.run import Run, open_run, published_run
 from learning.runtime import count_workers, describe_device, keep_freed_memory
-from models.stclassifier import Ensemble
+from models.architecture import Architecture, read_preset
+from models.ensemble import Ensemble
 from models.weights import choose_folds
 from preprocessing.classes import read_class_names
 from preprocessing.metadata import read_info, read_nomenclature
@@ -118,14 +114,14 @@ def main() -> None:
     run = choose_run(args)
     classes = list(run.data.classes)
     outlines = open_outlines(args, run)
-    if args.attention and not has_attention(run.config):
-        raise UserError(f"--attention: a {classifier_name(run.config)} has no attention; L-TAE and TAE do.")
+    if args.attention and not run.architecture.kind.has_attention:
+        raise UserError(f"--attention: {run.architecture.kind.title} has no attention; L-TAE and TAE do.")
     with main_first():
         dataset = open_dataset(args, run)
     if outlines is not None:
         outlines = match_outlines(outlines, dataset.pid)
-    config = choose_architecture(args, run, dataset)
-    names = run.config["class_names"]
+    run = replace(run, architecture=choose_architecture(args, run, dataset))
+    names = run.class_names
     if not names and (args.attention or outlines is not None):
         names = read_class_names(dataset.folder, run.data.labels)
     if args.attention:
@@ -134,12 +130,12 @@ def main() -> None:
     folds = list(choose_folds(args.weight_dir, args.fold))
     held_out = restore_folds(dataset, args.kfold, args.rdm_seed) if args.kfold else None
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
-        ensemble = run.load(args.fold, device, config)
+        ensemble = run.load(args.fold, device)
     if dataset.fits_on(device):
         dataset = dataset.to(device)
     print(
         f"Device: {describe_device(device)}\n"
-        f"Model: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"
+        f"Model: {run.architecture.kind.classifier.__name__}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"
         f"Data: {len(dataset)} parcels of {dataset.folder}"
     )
     voters = None if held_out is None else place_of_fold(held_out, folds)
@@ -166,7 +162,7 @@ def open_outlines(args: argparse.Namespace, run: Run) -> "GeoDataFrame | None":
         return read_outlines(args.parcels, args.id_column)
     if args.map:
         folder = run.dataset_folder if args.dataset_folder is None else Path(args.dataset_folder)
-        if run.config["simulated"] and not (folder / "META" / OUTLINES).exists():
+        if run.about.get("simulated") and not (folder / "META" / OUTLINES).exists():
             raise UserError("--map needs outlines, which the embedded dataset does not have; give --parcels.")
         return read_outlines(folder / "META" / OUTLINES, args.id_column)
     return None
@@ -200,7 +196,9 @@ def choose_run(args: argparse.Namespace) -> Run:
         data = replace(data, n_extra=args.geomfeat and max(1, data.n_extra))
     if args.norm is not None:
         data = replace(data, norm=None)
-    return replace(run, data=data, config=run.config | preset | typed)
+    if not run.is_bare and (preset or typed):
+        run = replace(run, architecture=Architecture.from_dict(run.architecture.to_dict() | preset | typed))
+    return replace(run, data=data)
 
 
 def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
@@ -221,7 +219,7 @@ def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
     if args.labels is not None and run.data.labels_in(Path(folder)) is None:
         read_nomenclature(Path(folder), args.labels)  # says that it is not there
     dataset = run.open_dataset(folder, args.cache_dir, args.preload)
-    days = run.config["date_positions"]
+    days = run.architecture.date_positions
     if not run.is_bare and days is not None and dataset.date_positions != days:
         print(
             "Dates: not those of the training; the model takes each for the training's date of the same rank"
@@ -233,24 +231,18 @@ def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
     return dataset
 
 
-def choose_architecture(args: argparse.Namespace, run: Run, dataset: PixelSetData) -> dict[str, Any]:
+def choose_architecture(args: argparse.Namespace, run: Run, dataset: PixelSetData) -> Architecture:
     """The architecture of the run, where flags override it; of published defaults and flags for bare weights."""
-    typed, n_classes = typed_architecture(args), len(run.data.classes)
-    n_dates = None if dataset.varying else dataset.n_dates
+    typed, data = typed_architecture(args), DataShape.of(dataset, len(run.data.classes))
     if run.is_bare or args.preset is not None:
-        architecture = resolve_architecture(
-            typed, read_preset(args.preset), dataset.n_channels, n_dates, dataset.n_extra, n_classes
-        )
-        return (
-            run.config | architecture | {"n_extra": dataset.n_extra, "date_positions": dataset.date_positions}
-        )
-    check_typed(typed, run.config, dataset.n_channels, n_dates, n_classes)
-    if n_classes != run.config["mlp4"][-1]:
+        return resolve_architecture(typed, read_preset(args.preset), data)
+    check_typed(typed, run.architecture.positions, data)
+    if data.n_classes != run.architecture.n_classes:
         raise UserError(
-            f"--sub_classes names {n_classes} labels but the model tells {run.config['mlp4'][-1]} apart; leave it out or "
-            "name as many."
+            f"--sub_classes names {data.n_classes} labels but the model tells {run.architecture.n_classes} apart; leave it "
+            "out or name as many."
         )
-    return run.config
+    return run.architecture
 
 
 def show_attention(

@@ -7,13 +7,13 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from common.flags import Parser, fraction, natural, non_negative, parse_month_day, positive, seed
 from dataset import BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm, fold_splits
 from learning.calibration import CALIBRATION, Calibration
 from learning.distributed import RankBatches, is_main, join_ranks, main_first, rank, together
@@ -23,20 +23,11 @@ from learning.errors import UserError, run_cli
 from learning.files import remove_unfinished, write_json
 from learning.focal_loss import FocalLoss
 from learning.options import (
-    TRAINING,
-    Parser,
+    DataShape,
     add_architecture_options,
     add_data_options,
-    build_model,
     choose_classes,
-    fraction,
-    natural,
-    non_negative,
-    parse_month_day,
-    positive,
-    read_preset,
     resolve_architecture,
-    seed,
     typed_architecture,
 )
 from learning.plots import plot_confusion, plot_training
@@ -61,8 +52,10 @@ from learning.resume import (
     finished_folds,
     resumable,
 )
+from learning.run import Run, Training
 from learning.runtime import count_workers, describe_device, keep_freed_memory, set_seeds
 from learning.weight_init import freeze_idle_biases, weight_init
+from models.architecture import read_preset
 from models.ranks import n_ranks, share_statistics
 from preprocessing.classes import read_class_names
 from preprocessing.folds import read_folds, read_parts
@@ -119,12 +112,12 @@ def parse_args() -> argparse.Namespace:
         type=natural,
         help="days, at most, by which a parcel's calendar is moved at random in training",
     )
-    group.add_argument("--rdm_seed", type=seed, help="seed of the folds and of every random draw")
+    group.add_argument("--rdm_seed", type=seed, default=1, help="seed of the folds and of every random draw")
     group.add_argument(
         "--display_step", type=positive, default=50, help="batches between two looks at the loss"
     )
     add_architecture_options(parser)
-    parser.set_defaults(npixel=None, **TRAINING)
+    parser.set_defaults(npixel=None, **asdict(Training()))
     args = parser.parse_args()
     if args.folds:
         args.kfold = len(read_parts(args.folds))
@@ -154,69 +147,72 @@ def main() -> None:
         splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist())
     else:
         splits = fold_splits(len(dataset), args.kfold, args.rdm_seed)
-    n_dates = None if dataset.varying else dataset.n_dates
-    architecture = resolve_architecture(
-        typed_architecture(args), preset, dataset.n_channels, n_dates, dataset.n_extra, len(settings.classes)
-    )
-    config = vars(args) | architecture | describe_dataset(dataset, settings, architecture["grid_days"])
-    config["N_params"] = build_model(config, dataset.n_extra, dataset.date_positions).param_ratio()
-    config["data_key"] = data_key(dataset, splits)
-    config["class_names"] = read_class_names(dataset.folder, config["labels"])
-    config["simulated"] = bool(read_info(dataset.folder).get("simulated"))
-    config["command"] = shlex.join(["python", "train.py", *sys.argv[1:]])
-    config["device"] = str(device)
-    config["versions"] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+    data = DataShape.of(dataset, len(settings.classes))
+    architecture = resolve_architecture(typed_architecture(args), preset, data)
+    about = vars(args) | {
+        "dataset_folder": str(dataset.folder.resolve()),
+        "geomfeat": int(dataset.n_extra > 0),
+        "varying_dates": dataset.varying,
+        "N_params": architecture.build().param_ratio(),
+        "data_key": data_key(dataset, splits),
+        "class_names": read_class_names(dataset.folder, settings.labels),
+        "simulated": bool(read_info(dataset.folder).get("simulated")),
+        "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
+        "device": str(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
     }
+    run = Run(res_dir, settings, architecture, Training.from_config(vars(args)), about)
     with resumable(res_dir):
         if is_main():
-            begin_run(res_dir, config, dataset)
-        train_folds(dataset, splits, config, device, res_dir)
+            begin_run(run, args.resume)
+        train_folds(dataset, splits, run, device)
 
 
-def begin_run(res_dir: Path, config: dict[str, Any], dataset: PixelSetData) -> None:
+def begin_run(run: Run, resume: bool) -> None:
     """Makes the results folder ready for a new run, or for an earlier one to go on if that is the same."""
-    remove_unfinished(res_dir)
-    if config["resume"] and (res_dir / CONFIG).exists():
-        check_same_settings(res_dir, config, dataset.norm, dataset.extra_stats)
+    remove_unfinished(run.folder)
+    if resume and (run.folder / CONFIG).exists():
+        check_same_settings(run)
         return
-    remove_results(res_dir)
-    save_normalisation(res_dir, dataset.norm, dataset.extra_stats)
-    write_json(res_dir / CONFIG, config)
+    remove_results(run.folder)
+    save_normalisation(run.folder, run.data.norm, run.data.extra_stats)
+    write_json(run.folder / CONFIG, run.to_config())
 
 
 def train_folds(
     dataset: PixelSetData,
     splits: Sequence[tuple[list[int], list[int], list[int]]],
-    config: dict[str, Any],
+    run: Run,
     device: torch.device,
-    res_dir: Path,
 ) -> None:
     """Trains on the folds that are not finished, and sums up all of them."""
+    res_dir = run.folder
     if dataset.fits_on(device):
         dataset = dataset.to(device)
     finished = finished_folds(res_dir, len(splits))
-    fewest = min(config["batch_size"], *(len(train) for train, _, _ in splits))
+    fewest = min(run.training.batch_size, *(len(train) for train, _, _ in splits))
     if fewest < n_ranks():
         raise UserError(
             f"there are {n_ranks()} processes for batches of {fewest} parcels; start fewer processes."
         )
-    clock = Clock((len(splits) - len(finished)) * config["epochs"])
+    clock = Clock((len(splits) - len(finished)) * run.training.epochs)
     if finished:
         print(f"Resuming: {len(finished)} of {len(splits)} folds are finished")
     tests = [test for test, _ in finished]
     logs: dict[int, Log] = {fold: log for fold, (_, log) in enumerate(finished, start=1)}
     for fold, split in list(enumerate(splits, start=1))[len(finished) :]:
-        test, logs[fold] = train_fold(dataset, split, fold, config, device, fold_folder(res_dir, fold), clock)
+        test, logs[fold] = train_fold(dataset, split, fold, run, device, clock)
         tests.append(test)
         if is_main():
             save_figure(res_dir / CURVES, plot_training(logs))
     if is_main():
         if len(finished) == len(splits):  # the process that finished the last one may have been killed before
             save_figure(res_dir / CURVES, plot_training(logs))
-        summarise(res_dir, tests, config["sub_classes"], clock)
+        summarise(res_dir, tests, run.data.classes, clock)
 
 
 def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
@@ -273,6 +269,9 @@ def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
         n_extra=dataset.n_extra,
         nodata=dataset.store.nodata,
         nodata_declared=args.nodata is None and dataset.store.nodata is not None,
+        varying=dataset.varying,
+        norm=dataset.norm,
+        extra_stats=dataset.extra_stats,
     )
 
 
@@ -283,25 +282,12 @@ def describe_dates(dataset: PixelSetData) -> str:
     return f"{number} {'varying ' if dataset.varying else ''}dates"
 
 
-def describe_dataset(dataset: PixelSetData, settings: DataSettings, grid_days: int) -> dict[str, Any]:
-    """What inference has to know about the data that a model was trained on."""
-    first, last = dataset.day_range
-    return settings.to_config() | {
-        "dataset_folder": str(dataset.folder.resolve()),
-        "geomfeat": int(dataset.n_extra > 0),
-        "date_positions": dataset.date_positions,
-        "varying_dates": dataset.varying,
-        "grid": list(range(first, last + grid_days, grid_days)) if dataset.varying else None,
-    }
-
-
 def train_fold(
     dataset: PixelSetData,
     split: tuple[list[int], list[int], list[int]],
     fold: int,
-    config: dict[str, Any],
+    run: Run,
     device: torch.device,
-    folder: Path,
     clock: Clock,
 ) -> tuple[dict[str, float], Log]:
     """Trains on one fold, keeps the epoch with the best validation mIoU, and tests that one.
@@ -311,15 +297,16 @@ def train_fold(
     Returns:
         The test metrics, and the log of the epochs.
     """
-    seed, batch_size, n_classes = config["rdm_seed"], config["batch_size"], config["num_classes"]
-    workers, pinned = count_workers(config["num_workers"]), device.type == "cuda"
+    training, seed, n_classes = run.training, run.data.seed, run.architecture.n_classes
+    folder, batch_size = fold_folder(run.folder, fold), training.batch_size
+    workers, pinned = count_workers(run.about["num_workers"]), device.type == "cuda"
     set_seeds(stream_key("weights", seed, fold) % 2**63)
-    model = build_model(config, dataset.n_extra, dataset.date_positions).apply(weight_init).to(device)
+    model = run.architecture.build().apply(weight_init).to(device)
     freeze_idle_biases(model)
     if n_ranks() > 1:
         share_statistics(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], fused=True)
-    criterion = FocalLoss(config["gamma"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=training.lr, fused=True)
+    criterion = FocalLoss(training.gamma)
     train, val, test = split
     fixed = dataset.evaluation(seed)
     val_loader, test_loader = (
@@ -330,16 +317,16 @@ def train_fold(
     if progress.epoch:
         clock.skip(progress.epoch)
         print(f"Resuming: fold {fold} after epoch {progress.epoch}")
-    for epoch in range(progress.epoch + 1, config["epochs"] + 1):
+    for epoch in range(progress.epoch + 1, training.epochs + 1):
         dataset.store.check_unchanged()
         set_seeds(stream_key("dropout", seed, fold, epoch, rank()) % 2**63)
-        name = f"Fold {fold}/{config['kfold']}  epoch {epoch}/{config['epochs']}"
+        name = f"Fold {fold}/{training.kfold}  epoch {epoch}/{training.epochs}"
         order = BatchSampler(train, batch_size, stream_key("order", seed, fold, epoch), drop_single=True)
         loader = batch_loader(
             dataset.epoch_draws(seed, fold, epoch), RankBatches(order, divide=True), workers, pinned
         )
         scores = train_epoch(
-            model, optimizer, criterion, loader, device, n_classes, config["display_step"], name
+            model, optimizer, criterion, loader, device, n_classes, run.about["display_step"], name
         )
         scores |= evaluation(model, criterion, val_loader, device, n_classes, "val", f"{name}  validation")[0]
         star = " *best" if progress.finish_epoch(scores) else ""
@@ -354,14 +341,16 @@ def train_fold(
         write_json(folder / CALIBRATION, calibration.summary())
     progress.close()
     print(
-        f"Fold {fold}/{config['kfold']}  test of epoch {progress.best_epoch}: accuracy {metrics['test_accuracy']:.1f}%, "
+        f"Fold {fold}/{training.kfold}  test of epoch {progress.best_epoch}: accuracy {metrics['test_accuracy']:.1f}%, "
         f"mIoU {metrics['test_IoU']:.3f}, loss {metrics['test_loss']:.3f}",
         flush=True,
     )
     return metrics, progress.log
 
 
-def summarise(res_dir: Path, tests: list[dict[str, float]], classes: list[int], clock: Clock) -> None:
+def summarise(
+    res_dir: Path, tests: list[dict[str, float]], classes: Sequence[int | str], clock: Clock
+) -> None:
     """Writes the scores of all folds together and says where everything is."""
     confusion, overall = save_overall(res_dir, len(tests))
     scores = f"accuracy {100 * overall['Accuracy']:.1f}%, mIoU {overall['MACRO_IoU']:.3f}"

@@ -18,8 +18,8 @@ import torch
 from benchmarks.cases import DEFAULT, LARGEST, N_CHANNELS, Sides, evaluate, infer, load, step, train
 from benchmarks.dates import print_dates_table
 from benchmarks.measure import CELLS, Cell, Worker, copy_rate, count_flops, gemm_rate, measure, peak_memory
+from common.flags import Parser, positive
 from learning.errors import run_cli
-from learning.options import Parser, positive
 from preprocessing.seasons import DATES
 from preprocessing.settings import NPIXEL
 from preprocessing.simulate import simulate

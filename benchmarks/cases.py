@@ -13,8 +13,8 @@ from benchmarks.plain import PlainClassifier, PlainPixelSets
 from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
-from learning.options import read_preset
 from learning.weight_init import weight_init
+from models.architecture import read_preset
 from models.stclassifier import PseLTae
 from preprocessing.fields import QUANTILES, SIZES
 from preprocessing.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL

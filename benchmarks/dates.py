@@ -16,8 +16,8 @@ from benchmarks.measure import Worker, measure
 from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
-from learning.options import read_preset
 from learning.weight_init import weight_init
+from models.architecture import read_preset
 from models.layers import DAYS
 from models.pse import PixelSet
 from models.series import Series

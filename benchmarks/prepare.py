@@ -22,8 +22,8 @@ import rasterio.mask
 from rasterio.transform import from_origin
 from shapely import Point, affinity
 
+from common.flags import Parser
 from learning.errors import run_cli
-from learning.options import Parser
 from learning.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent

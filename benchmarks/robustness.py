@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.flags import Parser, positive
 from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
 from learning.draws import stream_key
 from learning.engine import evaluation, train_epoch
 from learning.errors import run_cli
 from learning.focal_loss import FocalLoss
 from learning.metrics import accuracy, mean_iou
-from learning.options import Parser, build_model, positive, read_preset, resolve_architecture
+from learning.options import DataShape, resolve_architecture
 from learning.progress import progress_bar
 from learning.runtime import keep_freed_memory, set_seeds
 from learning.weight_init import freeze_idle_biases, weight_init
+from models.architecture import read_preset
 from preprocessing.metadata import Arrays
 from preprocessing.seasons import PUBLISHED_YEAR
 from preprocessing.settings import CLASSES_20, EXTRA_FEATURE, LABELS
@@ -149,15 +151,10 @@ def open_dataset(path: Path, options: Mapping[str, Any], extra_stats: Arrays | N
 
 def train(dataset: PixelSetData, preset: str, epochs: int, seed: int, name: str) -> nn.Module:
     """The model after the last epoch, trained as train.py does."""
-    n_dates, n_classes = None if dataset.varying else dataset.n_dates, len(CLASSES_20)
-    architecture = resolve_architecture(
-        {}, read_preset(preset), dataset.n_channels, n_dates, dataset.n_extra, n_classes
-    )
-    first, last = dataset.day_range
-    days = architecture["grid_days"]
-    config = architecture | {"grid": list(range(first, last + days, days))}
+    n_classes = len(CLASSES_20)
+    architecture = resolve_architecture({}, read_preset(preset), DataShape.of(dataset, n_classes))
     set_seeds(stream_key("weights", seed) % 2**63)
-    model = build_model(config, dataset.n_extra, dataset.date_positions).apply(weight_init)
+    model = architecture.build().apply(weight_init)
     freeze_idle_biases(model)
     optimizer, criterion = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), FocalLoss(1)
     for epoch in progress_bar(range(epochs), name, "epochs"):

@@ -17,9 +17,9 @@ from learning.plots import plot_attention
 from learning.progress import progress_bar
 from learning.results import save_figure
 from learning.runtime import recursive_todevice
+from models.ensemble import Ensemble
 from models.pse import PixelSet, split_input
 from models.series import Series
-from models.stclassifier import Ensemble
 from preprocessing.metadata import read_days
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from learning.errors import UserError
 from learning.files import read_json, write_bytes
 from learning.metrics import accuracy, mean_iou
-from learning.options import PRESETS, build_model, read_preset
+from learning.options import resolve_architecture
 from learning.results import CONFIG, CONFUSION, OVERALL, save_figure
-from learning.run import PUBLISHED_DAYS, published_config, read_config
+from learning.run import AGRI, PUBLISHED_DAYS, Run, read_run
 from learning.safe_pickle import load_arrays
+from models.architecture import PRESETS, read_preset
 from models.layers import trainable_parameters
 from preprocessing.settings import CLASSES_20
 
@@ -57,16 +58,13 @@ def draw(res_dir: Path) -> list[Row]:
     Raises:
         UserError: if a file is damaged.
     """
-    rows, configs = [], []
-    for run in (read_run(res_dir, name) for name in all_configurations()):
-        if run is not None:
-            rows.append(run[0])
-            configs.append(run[1])
-    if not rows:
-        return rows
+    found = [line for name in all_configurations() if (line := read_line(res_dir, name)) is not None]
+    if not found:
+        return []
+    rows, runs = map(list, zip(*found))
     write_table(res_dir / TABLE, rows)
-    on_paper_data = all(is_sentinel_agri(row, config) for row, config in zip(rows, configs))
-    save_figure(res_dir / PICTURE, plot(rows, title(rows, configs), on_paper_data))
+    on_paper_data = all(is_sentinel_agri(row, run) for row, run in zip(rows, runs))
+    save_figure(res_dir / PICTURE, plot(rows, title(rows, runs), on_paper_data))
     return rows
 
 
@@ -80,17 +78,13 @@ def is_finished(folder: Path) -> bool:
     return (folder / OVERALL).exists()
 
 
-def read_run(res_dir: Path, name: str) -> tuple[Row, dict[str, Any]] | None:
-    """A configuration's line and its conf.json; None if no fold of it is tested yet."""
+def read_line(res_dir: Path, name: str) -> tuple[Row, Run] | None:
+    """A configuration's line and its run; None if no fold of it is tested yet."""
     folder = res_dir / name
     if not (folder / CONFIG).exists():
         return None
-    config = read_config(folder)
-    folds, epochs = config.get("kfold"), config.get("epochs")
-    if not isinstance(folds, int) or not isinstance(epochs, int):
-        raise UserError(
-            f"{folder / CONFIG} has no number of folds and epochs; expected the file that train.py wrote."
-        )
+    run = read_run(folder)
+    folds, epochs = run.training.kfold, run.training.epochs
     paths = (folder / f"Fold_{fold}" / CONFUSION for fold in range(1, folds + 1))
     try:
         matrices = [np.asarray(load_arrays(path)) for path in paths if path.exists()]
@@ -100,7 +94,7 @@ def read_run(res_dir: Path, name: str) -> tuple[Row, dict[str, Any]] | None:
         oa_std, iou_std = np.std([(accuracy(mat), mean_iou(mat)) for mat in matrices], axis=0)
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder} is damaged ({error}); train {name} again.") from error
-    parameters, flops = measure_model(config)
+    parameters, flops = measure_model(run)
     scores = accuracy(total), float(oa_std), mean_iou(total), float(iou_std)
     row = Row(
         name,
@@ -113,7 +107,7 @@ def read_run(res_dir: Path, name: str) -> tuple[Row, dict[str, Any]] | None:
         epochs,
         int(total.sum()),
     )
-    return row, config
+    return row, run
 
 
 def read_seconds(folder: Path) -> float | None:
@@ -132,16 +126,17 @@ def read_seconds(folder: Path) -> float | None:
     return float(seconds)
 
 
-def measure_model(config: dict[str, Any]) -> tuple[tuple[int, int], tuple[int | None, int | None]]:
+def measure_model(run: Run) -> tuple[tuple[int, int], tuple[int | None, int | None]]:
     """Trainable parameters, and floating-point operations per parcel: of the temporal encoder, and in all.
 
     Operations are those of matrix products and convolutions in prediction, an addition and a multiplication each, for
     one parcel with all of the run's dates and pixels; None where every parcel has dates of its own. Nothing is
     computed: the model has shapes but no numbers.
     """
-    dates, channels, pixels, extra = (config[key] for key in ("lms", "input_dim", "npixel", "n_extra"))
+    sizes = run.architecture
+    dates, channels, pixels, extra = sizes.n_dates, sizes.input_dim, run.data.npixel, sizes.n_extra
     with torch.device("meta"):
-        model = build_model(config, extra, config["date_positions"]).eval()
+        model = sizes.build().eval()
     parameters = trainable_parameters(model.temporal_encoder), trainable_parameters(model)
     if dates is None:
         return parameters, (None, None)
@@ -164,13 +159,13 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def title(rows: Sequence[Row], configs: Sequence[dict[str, Any]]) -> str:
+def title(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     """What the runs were made with: dataset, folds, epochs."""
     parcels = max(row.parcels for row in rows)
-    if any(config.get("simulated") for config in configs):
+    if any(run.about.get("simulated") for run in runs):
         data = "simulated data, nothing measured"
     else:
-        data = Path(str(configs[0].get("dataset_folder", ""))).name or "unknown data"
+        data = Path(str(runs[0].about.get("dataset_folder", ""))).name or "unknown data"
     settings = {(row.folds, row.epochs) for row in rows}
     folds, epochs = settings.pop()
     how = "various settings" if settings else f"{folds} folds, {epochs} epoch{'s' * (epochs > 1)}"
@@ -183,21 +178,20 @@ def published_curves() -> dict[str, tuple[list[int], list[float]]]:
     for architecture, scores in read_json(PUBLISHED)["mIoU"].items():
         counts = []
         for size in scores:
-            config = published_config({}, read_preset(f"{architecture}/{size}"))
             with torch.device("meta"):
-                model = build_model(config, config["n_extra"], config["date_positions"])
+                model = resolve_architecture({}, read_preset(f"{architecture}/{size}"), AGRI).build()
             counts.append(trainable_parameters(model.temporal_encoder))
         curves[architecture] = counts, list(scores.values())
     return curves
 
 
-def is_sentinel_agri(row: Row, config: dict[str, Any]) -> bool:
+def is_sentinel_agri(row: Row, run: Run) -> bool:
     """Whether a run is on Sentinel2-Agri, as far as its classes, its dates and the number of its parcels tell."""
     parcels = row.parcels * row.folds / row.folds_tested
     return (
-        not config.get("simulated")
-        and config["sub_classes"] == list(CLASSES_20)
-        and config["date_positions"] == PUBLISHED_DAYS
+        not run.about.get("simulated")
+        and run.data.classes == CLASSES_20
+        and run.architecture.date_positions == PUBLISHED_DAYS
         and abs(parcels / AGRI_PARCELS - 1) <= AGRI_TOLERANCE
     )
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from learning.errors import UserError, as_user_error
 from learning.files import write_bytes
-from learning.options import classifier_name
-from learning.run import open_run, published_run
-from models.stclassifier import Ensemble
+from learning.run import Run, open_run, published_run
+from models.ensemble import Ensemble
 
 SUFFIXES = (".onnx", ".pt2")
 OUTPUT = "log_probabilities"
@@ -79,8 +78,8 @@ class Exported(nn.Module):
         return result if present is None else result.masked_fill(~present.any(1, keepdim=True), torch.nan)
 
 
-def check_export(path: Path, config: dict[str, Any]) -> None:
-    """Raises a UserError if a model of this configuration cannot be written to such a file."""
+def check_export(path: Path) -> None:
+    """Raises a UserError if a model cannot be written to such a file."""
     if path.suffix not in SUFFIXES:
         raise UserError(f"--export {path}: the name tells the format; end it with {' or '.join(SUFFIXES)}.")
     if not path.parent.is_dir():
@@ -110,42 +109,33 @@ def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], p
         raise UserError(f"--export writes the model as it was trained; leave --{flag} out.")
     if run.is_bare:
         run = published_run(weight_dir, typed, preset)
-    config, classes = run.config, run.data.classes
-    check_export(path, config)
+    check_export(path)
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
         ensemble = run.load(fold, "cpu")
-    inputs = export(path, ensemble, config, run.data.norm, run.data.extra_stats, classes)
+    inputs = export(path, ensemble, run)
     values = (
         "as in DATA"
         if run.data.norm is not None
         else "already normalised, since no normalisation.npz is there"
     )
     return (
-        f"{path}: {classifier_name(config)}, {len(ensemble.members)} fold(s) of {weight_dir}\n"
-        f"Inputs: {', '.join(inputs)}; values {values}\nOutput: {OUTPUT} (batch, {len(classes)})"
+        f"{path}: {run.architecture.kind.classifier.__name__}, {len(ensemble.members)} fold(s) of {weight_dir}\n"
+        f"Inputs: {', '.join(inputs)}; values {values}\nOutput: {OUTPUT} (batch, {len(run.data.classes)})"
     )
 
 
-def export(
-    path: Path,
-    ensemble: Ensemble,
-    config: dict[str, Any],
-    norm: tuple[np.ndarray, np.ndarray] | None,
-    extra_norm: tuple[np.ndarray, np.ndarray] | None,
-    classes: Sequence[int | str],
-) -> list[str]:
+def export(path: Path, ensemble: Ensemble, run: Run) -> list[str]:
     """Writes an ensemble to a file, checked by `check_export`; returns its inputs in words.
 
     Args:
         path: FILE.onnx or FILE.pt2.
         ensemble: trained classifiers, on the CPU.
-        config: of the run, as in conf.json.
-        norm, extra_norm: as for `Exported`.
-        classes: labels, in the order of the output; kept in the file with what else one has to know.
+        run: theirs. Its normalisation becomes part of the model; without one, the model takes normalised values.
     """
-    varying, n_extra = config["lms"] is None, config["n_extra"]
-    model = Exported(ensemble, n_extra > 0, varying, norm, extra_norm).eval()
-    B, L, C, S = 2, config["lms"] or 5, config["input_dim"], 3
+    sizes, norm = run.architecture, run.data.norm
+    varying, n_extra = sizes.varying, sizes.n_extra
+    model = Exported(ensemble, n_extra > 0, varying, norm, run.data.extra_stats).eval()
+    B, L, C, S = 2, sizes.n_dates or 5, sizes.input_dim, 3
     batch, dates, pixels = (torch.export.Dim(name, max=2**31 - 1) for name in ("batch", "dates", "pixels"))
     first = {0: batch, 1: dates} if varying else {0: batch}
     inputs = {
@@ -158,7 +148,7 @@ def export(
         inputs["days"] = torch.zeros(B, L), first
     names, (examples, shapes) = list(inputs), zip(*inputs.values())
     others = [tuple(shapes[2:])] if shapes[2:] else []  # those of *others
-    name = classifier_name(config)
+    name = sizes.kind.classifier.__name__
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nn.GRU lists its weights twice
         try:
@@ -173,9 +163,9 @@ def export(
     about = {
         "classifier": name,
         "members": len(ensemble.members),
-        "classes": [str(label) for label in classes],
-        "class_names": config.get("class_names") or {},
-        "date_positions": config["date_positions"],
+        "classes": [str(label) for label in run.data.classes],
+        "class_names": run.class_names,
+        "date_positions": sizes.date_positions,
         "normalised": norm is not None,
     }
     about = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}

@@ -18,8 +18,8 @@ from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.progress import progress_bar
 from learning.results import to_npy
 from learning.runtime import count_workers, recursive_todevice
+from models.ensemble import Ensemble
 from models.ranks import n_ranks
-from models.stclassifier import Ensemble
 
 PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
 

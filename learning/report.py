@@ -12,22 +12,17 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from common.flags import Parser
 from learning import charts
 from learning.calibration import CALIBRATION
 from learning.errors import UserError, run_cli
 from learning.files import read_json, write_bytes
 from learning.metrics import confusion_matrix_analysis
-from learning.options import Parser, classifier_name
 from learning.results import CONFIG, CONFUSION, TEST_METRICS, TRAINLOG
 from learning.safe_pickle import load_arrays
+from models.architecture import chosen_encoder, known_encoders
 
 REPORT, TEMPLATE = "report.html", "report_template.html"
-_TITLES = {
-    "PseLTae": "PSE + L-TAE",
-    "PseTae": "PSE + TAE",
-    "PseGru": "PSE + GRU",
-    "PseTempCNN": "PSE + TempCNN",
-}
 _CURVES = {"IoU": "mIoU", "loss": "loss", "accuracy": "accuracy (%)"}
 
 
@@ -62,7 +57,7 @@ def write_report(res_dir: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template(TEMPLATE).render(
-        title=_TITLES[classifier_name(config)],
+        title=known_encoders()[chosen_encoder(config)].title,
         config={name: value for name, value in config.items() if name not in ("command", "class_names")},
         command=config.get("command"),
         figures=_key_figures(config, confusion, tests),

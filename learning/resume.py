@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,8 @@ from learning.calibration import CALIBRATION
 from learning.distributed import is_main, share_bytes
 from learning.errors import UserError, as_user_error
 from learning.files import read_json, write_bytes, write_json
-from learning.options import TRAINING
 from learning.results import CONFUSION, NORMALISATION, TEST_METRICS, TRAINLOG, load_normalisation
-from learning.run import read_config
+from learning.run import Run, Training, read_run
 from models.weights import CHECKPOINT, load_weights, read_checkpoint
 
 if TYPE_CHECKING:
@@ -177,23 +177,15 @@ def finished_folds(res_dir: Path, kfold: int) -> list[tuple[dict[str, float], di
 
 def check_typed_settings(res_dir: Path, args: argparse.Namespace) -> None:
     """`check_same_settings` for what is known before the data are read, and was typed."""
-    names = [*TRAINING, *(["npixel"] if args.npixel else [])]
-    _compare(res_dir, {name: getattr(args, name) for name in names})
+    typed = asdict(Training.from_config(vars(args))) | {"rdm_seed": args.rdm_seed}
+    _compare(res_dir, typed | ({"npixel": args.npixel} if args.npixel else {}))
 
 
-def check_same_settings(
-    res_dir: Path, config: dict[str, Any], norm: tuple, extra_stats: tuple | None
-) -> None:
-    """Raises a UserError naming the first difference to the run in res_dir that has an influence on results.
-
-    Args:
-        res_dir: results folder.
-        config: settings of this run, as conf.json will hold them.
-        norm: mean and standard deviation of the pixels.
-        extra_stats: those of the extra features.
-    """
-    _compare(res_dir, {name: value for name, value in config.items() if name not in _FREE})
-    for earlier, now in zip(load_normalisation(res_dir), (norm, extra_stats)):
+def check_same_settings(run: Run) -> None:
+    """Raises a UserError naming the first difference to the run in its folder that has an influence on results."""
+    res_dir = run.folder
+    _compare(res_dir, {name: value for name, value in run.to_config().items() if name not in _FREE})
+    for earlier, now in zip(load_normalisation(res_dir), (run.data.norm, run.data.extra_stats)):
         if (earlier is None) != (now is None) or any(
             a.shape != np.shape(b) or not np.allclose(a, b) for a, b in zip(earlier or (), now or ())
         ):
@@ -205,7 +197,7 @@ def check_same_settings(
 
 def _compare(res_dir: Path, settings: dict[str, Any]) -> None:
     """Raises a UserError naming the first of these settings that is not that of the run in res_dir."""
-    earlier = read_config(res_dir)
+    earlier = read_run(res_dir).to_config()
     for name, value in settings.items():
         value = json.loads(json.dumps(value))
         if earlier.get(name, value) != value:  # what nothing is known of may be of a later version

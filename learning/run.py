@@ -1,9 +1,9 @@
-"""A training as its results folder tells it: settings with which inference, reports and notebooks do as it did."""
+"""A training as conf.json tells it: the settings with which inference, resuming, reports and notebooks do as it did."""
 
 import math
 import reprlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +13,12 @@ import torch
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
 from learning.errors import UserError, as_user_error
 from learning.files import read_json
-from learning.options import ARCHITECTURE, TRAINING, classifier_name, hyperparameters, resolve_architecture
+from learning.options import DataShape, resolve_architecture
+from learning.predictions import score_batches
 from learning.results import CONFIG, NORMALISATION, load_normalisation
-from models import stclassifier
-from models.stclassifier import Ensemble
+from models.architecture import Architecture, default_settings, flags, known_encoders
+from models.ensemble import Ensemble, load_members
+from models.stclassifier import PseClassifier
 from preprocessing.settings import CLASSES_20, DataSettings
 
 # The dates of Sentinel2-Agri, as days since the first, and what else its published weights were trained on.
@@ -24,17 +26,37 @@ PUBLISHED_DAYS = (
     [0, 10, 40, 70, 90, 110, 130, 150, 160, 170, 180, 185]
     + [190, 195, 200, 215, 230, 235, 245, 250, 260, 275, 280, 285]
 )  # fmt: skip
-PUBLISHED_CHANNELS, PUBLISHED_EXTRA = 10, 4
-_DATA = {  # what conf.json says of the data, and what a file that does not say it means
-    **DataSettings().to_config(),
-    "date_positions": None,
-    "grid": None,
-    "dataset_folder": None,
-    "class_names": None,
-    "simulated": False,
-}
-_FLAGS = {"PseLTae": {}, "PseTae": {"tae": True}, "PseGru": {"gru": True}, "PseTempCNN": {"tcnn": True}}
-DEFAULTS = ARCHITECTURE | TRAINING | _DATA
+AGRI = DataShape(10, len(PUBLISHED_DAYS), 4, len(CLASSES_20), PUBLISHED_DAYS)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a run trains; the defaults are the published ones.
+
+    Attributes:
+        kfold: number of folds.
+        epochs: per fold.
+        batch_size: parcels per batch, over all processes.
+        lr: learning rate.
+        gamma: of the focal loss.
+        temporal_dropout: share of dates left out at random.
+        temporal_shift: days, at most, by which a parcel's calendar is moved at random.
+        preset: name of the configuration of config_fig2.json that was asked for.
+    """
+
+    kfold: int = 5
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 0.001
+    gamma: float = 1.0
+    temporal_dropout: float = 0.0
+    temporal_shift: int = 0
+    preset: str | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Training":
+        """The settings among others by name; what is not there has its default."""
+        return cls(**{each.name: config[each.name] for each in fields(cls) if each.name in config})
 
 
 @dataclass(frozen=True)
@@ -43,16 +65,42 @@ class Run:
 
     Attributes:
         folder: results folder of train.py, or one with published weights alone.
-        config: conf.json, with defaults for what an older one lacks; for weights alone, what it would say of the
-            published default model.
-        data: how it read its dataset.
+        data: how it reads its dataset.
+        architecture: of its classifiers.
+        training: how it trains.
+        about: what else conf.json holds, such as dataset_folder, class_names, simulated, N_params.
         is_bare: whether there are weights alone, which nothing describes.
     """
 
     folder: Path
-    config: dict[str, Any]
     data: DataSettings
+    architecture: Architecture
+    training: Training = Training()
+    about: Mapping[str, Any] = field(default_factory=dict)
     is_bare: bool = False
+
+    def to_config(self) -> dict[str, Any]:
+        """What conf.json holds."""
+        return {**self.about, **asdict(self.training), **self.data.to_config(), **self.architecture.to_dict()}
+
+    @property
+    def class_names(self) -> dict[str, str]:
+        """Names of classes by label as text, where they have one."""
+        return self.about.get("class_names") or {}
+
+    @property
+    def dataset_folder(self) -> Path:
+        """The dataset that the run was trained on.
+
+        Raises:
+            UserError: if it is not known, or no longer there.
+        """
+        named = self.about.get("dataset_folder")
+        if named is None or not Path(named).is_dir():
+            what = f"the dataset that {self.folder} was trained on, {named}, is not there"
+            unknown = f"nothing in {self.folder} says which dataset it was trained on"
+            raise UserError(f"{unknown if named is None else what}; name one (--dataset_folder).")
+        return Path(named)
 
     def open_dataset(
         self,
@@ -79,47 +127,18 @@ class Run:
             dataset.set_norm(find_norm(dataset)[0])
         return dataset.evaluation(self.data.seed)
 
-    @property
-    def dataset_folder(self) -> Path:
-        """The dataset that the run was trained on.
-
-        Raises:
-            UserError: if it is not known, or no longer there.
-        """
-        named = self.config["dataset_folder"]
-        if named is None:
-            raise UserError(
-                f"nothing in {self.folder} says which dataset it was trained on; name one (--dataset_folder)."
-            )
-        if not Path(named).is_dir():
-            raise UserError(
-                f"the dataset that {self.folder} was trained on, {named}, is not there; name one (--dataset_folder)."
-            )
-        return Path(named)
-
-    def load(
-        self,
-        fold: int | str = "all",
-        device: str | torch.device | None = None,
-        config: dict[str, Any] | None = None,
-    ) -> Ensemble:
+    def load(self, fold: int | str = "all", device: str | torch.device | None = None) -> Ensemble:
         """The trained classifiers.
 
         Args:
             fold: "all", or the number, from 1, of one fold.
             device: where to load them; without it CUDA if there is a GPU, else the CPU.
-            config: settings in place of the run's own.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: if weights are missing, damaged, or of another architecture.
         """
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        config = self.config if config is None else config
-        kind = getattr(stclassifier, f"{classifier_name(config)}_pretrained")
-        return kind(
-            self.folder, hyperparameters(config, config["n_extra"], config["date_positions"]), device, fold
-        )
+        kind, kwargs = self.architecture.kind.classifier, self.architecture.hyperparameters()
+        return Ensemble(load_members(kind, self.folder, kwargs, device, fold))
 
     def predict(
         self,
@@ -141,8 +160,6 @@ class Run:
         Raises:
             UserError: saying which file is not as expected.
         """
-        from learning.predictions import score_batches
-
         with as_user_error(FileNotFoundError, ValueError, TypeError):
             ensemble = self.load(fold, device)
         dataset = self.open_dataset(dataset_folder)
@@ -180,14 +197,13 @@ class Predictions(NamedTuple):
     classes: list[int | str]
 
 
-def open_run(folder: str | Path, classifier: str | None = None) -> Run:
+def open_run(folder: str | Path, classifier: type[PseClassifier] | None = None) -> Run:
     """A results folder of train.py, finished or not, or a folder of published weights.
 
     Args:
         folder: the folder. Weights that no conf.json describes are taken for those of the published default model,
             trained on Sentinel2-Agri.
-        classifier: name of the class in `models.stclassifier` that it must hold; None for any, and for L-TAE where
-            nothing tells.
+        classifier: class that it must hold; None for any, and for L-TAE where nothing tells.
 
     Raises:
         UserError: if there is no such folder, it is of another classifier, or conf.json or normalisation.npz is damaged.
@@ -196,22 +212,16 @@ def open_run(folder: str | Path, classifier: str | None = None) -> Run:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected a results folder of train.py.")
     if not (folder / CONFIG).exists():
-        return published_run(folder, _FLAGS[classifier or "PseLTae"])
-    config = read_config(folder)
-    found = classifier_name(config)
+        names = [kind.name for kind in known_encoders().values() if kind.classifier is classifier]
+        return published_run(folder, {name: True for name in names if name in flags()})
+    run = read_run(folder)
+    found = run.architecture.kind.classifier
     if classifier not in (None, found):
+        name = found.__name__
         raise UserError(
-            f"{folder} holds a {found}, not a {classifier}; load it with {found}_pretrained.from_run."
+            f"{folder} holds a {name}, not a {classifier.__name__}; load it with {name}_pretrained.from_run."
         )
-    norm, extra_stats = load_normalisation(folder)
-    expected = 2 * [(config["n_extra"],)] if config["n_extra"] else []
-    if norm is not None and [values.shape for values in extra_stats or ()] != expected:
-        raise UserError(
-            f"{folder / NORMALISATION} does not hold the statistics of {config['n_extra']} extra features; copy it again "
-            "from the training."
-        )
-    data = DataSettings.from_config(config, norm, extra_stats)
-    return Run(folder, config, data)
+    return run
 
 
 def published_run(
@@ -220,39 +230,44 @@ def published_run(
     """Weights that no conf.json describes: published ones, with these architecture settings and else the default ones."""
     norm, extra_stats = load_normalisation(folder)
     data = DataSettings(norm=norm, extra_stats=extra_stats)
-    return Run(folder, published_config(typed or {}, preset), data, is_bare=True)
+    return Run(folder, data, resolve_architecture(typed or {}, preset or {}, AGRI), is_bare=True)
 
 
-def published_config(typed: dict[str, Any], preset: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What conf.json would say of a model trained on Sentinel2-Agri with these settings and else the published ones."""
-    architecture = resolve_architecture(
-        typed, preset or {}, PUBLISHED_CHANNELS, len(PUBLISHED_DAYS), PUBLISHED_EXTRA, len(CLASSES_20)
-    )
-    return DEFAULTS | architecture | {"date_positions": PUBLISHED_DAYS}
-
-
-def read_config(res_dir: Path) -> dict[str, Any]:
-    """conf.json of a results folder; what it lacks, since it is of an older version, has its default.
+def read_run(folder: Path) -> Run:
+    """The run that conf.json and normalisation.npz describe; an entry that an older one lacks has its default.
 
     Raises:
-        UserError: if the file is damaged or not the one that train.py wrote.
+        UserError: if a file is damaged or not the one that train.py wrote.
     """
-    path = res_dir / CONFIG
+    path = folder / CONFIG
     found = read_json(path, "the file that train.py wrote")
-    if not isinstance(found, dict) or not found.keys() & _DATA.keys():
+    if not isinstance(found, dict) or not found.keys() & DataSettings().to_config().keys():
         raise UserError(f"{path} is something else; expected the file that train.py wrote.")
-    config = DEFAULTS | found
-    for name, is_valid in _ENTRIES.items():
-        if not is_valid(config[name]):
+    config = default_settings() | asdict(Training()) | DataSettings().to_config() | found
+    for name, is_valid in _entries().items():
+        if name in config and not is_valid(config[name]):
             raise UserError(
                 f"{path} is damaged: {name!r} is {reprlib.repr(config[name])}; expected the file that train.py wrote."
             )
-    return config
+    norm, extra_stats = load_normalisation(folder)
+    expected = 2 * [(config["n_extra"],)] if config["n_extra"] else []
+    if norm is not None and [values.shape for values in extra_stats or ()] != expected:
+        raise UserError(
+            f"{folder / NORMALISATION} does not hold the statistics of {config['n_extra']} extra features; copy it again "
+            "from the training."
+        )
+    data = DataSettings.from_config(config, norm, extra_stats)
+    return Run(folder, data, Architecture.from_dict(found), Training.from_config(config), found)
 
 
-def _is_whole(value: Any, least: int = 1) -> bool:
+def _is_whole(value: Any, least: float = 1) -> bool:
     """Whether a value of a JSON file is a whole number of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, least: float = 0) -> bool:
+    """Whether a value of a JSON file is a number of at least `least`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least
 
 
 def _is_list(value: Any, least: float = 1) -> bool:
@@ -260,33 +275,49 @@ def _is_list(value: Any, least: float = 1) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_whole(item, least) for item in value)
 
 
-def _is_names(value: Any) -> bool:
-    """Whether a value of a JSON file is a list of texts, not empty."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+def _is_classes(value: Any) -> bool:
+    """Whether a value of a JSON file is a list of labels, all of them whole numbers or all text."""
+    return _is_list(value, -math.inf) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+    )
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _or_none(is_valid: Callable[..., bool], *args: Any) -> Callable[[Any], bool]:
+    """Also accepts null."""
+    return lambda value: value is None or is_valid(value, *args)
 
 
-# What is read from conf.json, and what is expected there.
-_ENTRIES: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        ("input_dim", "n_head", "d_k", "T", "num_classes", "hidden_dim", "npixel", "grid_days"), _is_whole
-    ),
-    **dict.fromkeys(("mlp1", "mlp2", "mlp3", "mlp4", "nker"), _is_list),
-    **dict.fromkeys(("tae", "gru", "tcnn", "nodata_declared"), lambda value: isinstance(value, bool)),
-    **dict.fromkeys(("n_extra", "rdm_seed"), lambda value: _is_whole(value, 0)),
-    "sub_classes": lambda value: _is_list(value, -math.inf) or _is_names(value),
-    **dict.fromkeys(("date_positions", "grid"), lambda value: value is None or _is_list(value, -math.inf)),
-    "lms": lambda value: value is None or _is_whole(value),
-    "season_start": lambda value: value is None or (_is_list(value) and len(value) == 2),
-    "d_model": lambda value: value is None or _is_whole(value),
-    "nodata": lambda value: value is None or _is_number(value) or value in ("inf", "-inf"),
-    "dropout": lambda value: isinstance(value, float) and 0 <= value < 1,
-    "pooling": lambda value: isinstance(value, str),
-    "positions": lambda value: value in ("bespoke", "order"),
-    "labels": lambda value: isinstance(value, str),
-    "dataset_folder": lambda value: value is None or isinstance(value, str),
-}
+def _entries() -> dict[str, Callable[[Any], bool]]:
+    """What is read from conf.json, and what is expected there."""
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def is_flag(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    entries: dict[str, Callable[[Any], bool]] = {
+        "labels": _or_none(is_text),
+        "sub_classes": _is_classes,
+        "npixel": _is_whole,
+        "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),
+        "season_start": _or_none(lambda value: _is_list(value) and len(value) == 2),
+        "dataset_folder": _or_none(is_text),
+        "class_names": _or_none(lambda value: isinstance(value, dict)),
+        "pooling": is_text,
+        "positions": lambda value: value in ("bespoke", "order"),
+        "lms": _or_none(_is_whole),
+        **dict.fromkeys(("date_positions", "grid"), _or_none(_is_list, -math.inf)),
+        **dict.fromkeys(("n_extra", "rdm_seed", "temporal_shift"), lambda value: _is_whole(value, 0)),
+        **dict.fromkeys(("kfold", "epochs", "batch_size", "input_dim", "num_classes"), _is_whole),
+        **dict.fromkeys(("lr", "gamma", "temporal_dropout"), _is_number),
+        **dict.fromkeys(("mlp1", "mlp2", "mlp4"), _is_list),
+        **dict.fromkeys((*flags(), "nodata_declared"), is_flag),
+    }
+    for kind in known_encoders().values():
+        for name, size in kind.sizes.items():
+            is_valid = _is_list if isinstance(size.default, list) else _is_whole
+            if isinstance(size.default, float):
+                is_valid = lambda value: _is_number(value) and isinstance(value, float) and value < 1  # noqa: E731
+            entries[name] = _or_none(is_valid) if size.optional else is_valid
+    return entries

@@ -7,8 +7,18 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from models.architecture import Size
 from models.layers import PositionalTable, Positions, check_all_dates, mlp
+from models.ltae import SIZES
 
+GRU_SIZES = {"hidden_dim": Size(156, "size of the GRU's hidden state")}
+TEMPCNN_SIZES = {
+    "nker": Size([32, 32, 128], "kernels of TempCNN's convolutions"),
+    "mlp3": SIZES["mlp3"],
+    "grid_days": Size(
+        10, "days between the dates that TempCNN interpolates varying dates to", is_argument=False
+    ),
+}
 T = 1000  # period of the positional encoding, fixed as published
 
 

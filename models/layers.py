@@ -1,6 +1,7 @@
 """Pieces that several encoders share: the positional table, stacks of linear layers, attention over dates."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +113,30 @@ def attention_weights(scores: Tensor, d_k: int, dropout: nn.Module, present: Ten
         # Not minus infinity: of a parcel without any date the softmax shall not be NaN.
         scores = scores.masked_fill(~present.unsqueeze(2), torch.finfo(scores.dtype).min)
     return dropout(torch.softmax(scores / d_k**0.5, dim=1))
+
+
+def agree_attention(sizes: dict[str, Any], typed: dict[str, Any], copies: int) -> None:
+    """Makes d_model and mlp3[0] agree, for heads that together give d_model channels `copies` times.
+
+    Args:
+        sizes: all sizes; changed where they were not typed.
+        typed: those that were.
+        copies: 1 for L-TAE, whose heads share d_model channels; n_head for TAE, each of whose heads gives them all.
+
+    Raises:
+        ValueError: if mlp3[0] cannot be shared out among the heads.
+    """
+    in_channels, n_head = sizes["mlp2"][-1], sizes["n_head"]
+    if "mlp3" not in typed:
+        sizes["mlp3"] = [copies * (sizes["d_model"] or in_channels), *sizes["mlp3"][1:]]
+    elif typed.get("d_model") is None:
+        if sizes["mlp3"][0] % n_head:
+            raise ValueError(
+                f"--mlp3 starts with {sizes['mlp3'][0]}, which --n_head {n_head} does not divide; start it with a multiple, "
+                "an equal part for every head."
+            )
+        d_model = sizes["mlp3"][0] // copies
+        sizes["d_model"] = None if d_model == in_channels else d_model
 
 
 def trainable_parameters(module: nn.Module) -> int:

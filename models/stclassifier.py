@@ -1,6 +1,5 @@
-"""The four classifiers: pixel-set encoder, temporal encoder, decoder; and ensembles of trained ones."""
+"""The four classifiers: pixel-set encoder, temporal encoder, decoder; and those that were trained on the folds of a run."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import competings, ltae, tae
+from models.architecture import Architecture, register
 from models.competings import GRU, TempConv
 from models.decoder import get_decoder
+from models.ensemble import Ensemble, load_members
 from models.layers import Positions, trainable_parameters
 from models.ltae import LTAE
-from models.pse import PixelSet, PixelSetEncoder, split_input
+from models.pse import PixelSet, PixelSetEncoder
 from models.series import Series, present_first
 from models.tae import TemporalAttentionEncoder
-from models.weights import choose_folds, load_weights, read_checkpoint
 
 
 class PseClassifier(nn.Module):
@@ -110,6 +111,14 @@ class PseClassifier(nn.Module):
         return total
 
 
+def n_dates(architecture: Architecture) -> dict[str, Any]:
+    """What the attention must know of the dates: their number, None where they vary."""
+    return {"len_max_seq": architecture.n_dates}
+
+
+@register(
+    "ltae", "PSE + L-TAE", ltae.SIZES, "mlp3", has_attention=True, dates=n_dates, agree=ltae.agree_sizes
+)
 class PseLTae(PseClassifier):
     """Pixel-set encoder and lightweight temporal attention; arguments as in `PixelSetEncoder` and `LTAE`.
 
@@ -136,10 +145,11 @@ class PseLTae(PseClassifier):
         return_att: bool = False,
     ) -> None:
         pse = PixelSetEncoder(input_dim, mlp1, pooling, mlp2, with_extra, extra_size)
-        ltae = LTAE(mlp2[-1], n_head, d_k, mlp3, dropout, d_model, T, len_max_seq, positions, return_att)
-        super().__init__(pse, ltae, mlp4)
+        encoder = LTAE(mlp2[-1], n_head, d_k, mlp3, dropout, d_model, T, len_max_seq, positions, return_att)
+        super().__init__(pse, encoder, mlp4)
 
 
+@register("tae", "PSE + TAE", tae.SIZES, "mlp3", has_attention=True, dates=n_dates, agree=tae.agree_sizes)
 class PseTae(PseClassifier):
     """Pixel-set encoder and temporal attention; arguments as in `PixelSetEncoder` and `TemporalAttentionEncoder`."""
 
@@ -163,12 +173,13 @@ class PseTae(PseClassifier):
         return_att: bool = False,
     ) -> None:
         pse = PixelSetEncoder(input_dim, mlp1, pooling, mlp2, with_extra, extra_size)
-        tae = TemporalAttentionEncoder(
+        encoder = TemporalAttentionEncoder(
             mlp2[-1], n_head, d_k, d_model, mlp3, dropout, T, len_max_seq, positions, return_att
         )
-        super().__init__(pse, tae, mlp4)
+        super().__init__(pse, encoder, mlp4)
 
 
+@register("gru", "PSE + GRU", competings.GRU_SIZES, "hidden_dim")
 class PseGru(PseClassifier):
     """Pixel-set encoder and GRU; arguments as in `PixelSetEncoder` and `GRU`."""
 
@@ -188,6 +199,15 @@ class PseGru(PseClassifier):
         super().__init__(pse, GRU(mlp2[-1], hidden_dim, positions), mlp4)
 
 
+def regular_dates(architecture: Architecture) -> dict[str, Any]:
+    """The dates that TempCNN sees: those of all parcels, or a grid where they vary."""
+    if not architecture.varying:
+        return {"seq_len": architecture.n_dates}
+    grid = architecture.grid
+    return {"seq_len": len(grid), "positions": grid, "grid": grid}
+
+
+@register("tcnn", "PSE + TempCNN", competings.TEMPCNN_SIZES, "mlp3", dates=regular_dates)
 class PseTempCNN(PseClassifier):
     """Pixel-set encoder and temporal convolutions; arguments as in `PixelSetEncoder` and `TempConv` (mlp3: nfc)."""
 
@@ -211,64 +231,14 @@ class PseTempCNN(PseClassifier):
         super().__init__(pse, TempConv(mlp2[-1], nker, seq_len, mlp3, positions, grid=grid), mlp4)
 
 
-class Ensemble(nn.Module):
-    """Trained classifiers, one per fold, that predict together; always in evaluation mode.
-
-    Args:
-        members: classifiers with the same input and classes.
-    """
-
-    def __init__(self, members: Sequence[PseClassifier]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "Ensemble":
-        """Stays in evaluation mode, whatever is asked: batch statistics and dropout would change predictions."""
-        return super().train(False)
-
-    def _look_at(self, input: PixelSet | Series) -> None:
-        """Called with every batch."""
-
-    @torch.no_grad()
-    def member_log_probabilities(self, input: PixelSet | Series) -> Tensor:
-        """Every member's log-softmax, (members, B, K)."""
-        self._look_at(input)
-        outputs = (member(input) for member in self.members)
-        logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
-        return torch.log_softmax(torch.stack(logits), dim=2)
-
-    def forward(self, input: PixelSet | Series) -> Tensor:
-        """Mean over the members of their log-softmax, (B, K)."""
-        return self.member_log_probabilities(input).mean(0)
-
-    def predict_class(self, input: PixelSet | Series) -> Tensor:
-        """Index of the most likely class of each parcel, (B,)."""
-        return self(input).argmax(1)
-
-    @torch.no_grad()
-    def embed(self, input: PixelSet | Series) -> Tensor:
-        """Every member's `embed`, (members, B, mlp4[0]); each member has a space of its own."""
-        return torch.stack([member.embed(input) for member in self.members])
-
-    @torch.no_grad()
-    def attention(self, input: PixelSet | Series) -> Tensor:
-        """Every member's `attention`, (members, H, B, L); head h of one has nothing to do with head h of another."""
-        return torch.stack([member.attention(input) for member in self.members])
-
-
 class PseLTae_pretrained(Ensemble):
-    """The classifiers trained on the folds of a cross-validation, read from their weights.
+    """The classifiers trained on the folds of a cross-validation, read from their weights; see `load_members`.
 
     Args:
         weight_folder: folder of `Fold_k/model.pth.tar`.
         hyperparameters: keyword arguments of the classifier that was trained.
         device: where to load it.
         fold: "all" for the ensemble, or the number, from 1, of one fold.
-
-    Raises:
-        FileNotFoundError: if the folder or the fold is missing.
-        ValueError: if a checkpoint is damaged, unsafe, or of another architecture, or the device is missing.
     """
 
     classifier: type[PseClassifier] = PseLTae
@@ -277,32 +247,10 @@ class PseLTae_pretrained(Ensemble):
         self,
         weight_folder: str | Path,
         hyperparameters: dict[str, Any],
-        device: str | torch.device = "cuda",
+        device: str | torch.device | None = "cuda",
         fold: int | str = "all",
     ) -> None:
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device is {device!r} but PyTorch finds no GPU; pass device='cpu'.")
-        members = []
-        for path in choose_folds(weight_folder, fold).values():
-            member = self.classifier(**hyperparameters)
-            load_weights(member, read_checkpoint(path)["state_dict"], source=path)
-            members.append(member)
-        super().__init__(members)
-        self._is_first_batch = True
-        self.to(device)
-
-    def _look_at(self, input: PixelSet | Series) -> None:
-        """Warns if the first batch is plainly not normalised: large numbers, or many of which none is below 0."""
-        if not self._is_first_batch:
-            return
-        self._is_first_batch = False
-        pixels = input.pixels if isinstance(input, Series) else split_input(input)[0][0]
-        if pixels.abs().median() > 10 or (len(pixels) >= 8 and pixels.min() >= 0):
-            warnings.warn(
-                f"the pixels are not normalised, they are from {pixels.min():g} to {pixels.max():g}, so the predictions mean "
-                "nothing; learning.run.open_run(folder).predict(dataset_folder) reads and normalises them as in training.",
-                stacklevel=4,
-            )
+        super().__init__(load_members(self.classifier, weight_folder, hyperparameters, device, fold))
 
     @classmethod
     def from_run(
@@ -319,9 +267,10 @@ class PseLTae_pretrained(Ensemble):
             FileNotFoundError: if the fold is missing.
             ValueError: as for the class; also if there is no such folder, or conf.json is damaged or of another classifier.
         """
-        from learning.run import open_run  # that module imports this one
+        from learning.run import open_run  # the one arrow upwards: published usage starts at this class
 
-        return open_run(folder, cls.classifier.__name__).load(fold, device)
+        run = open_run(folder, classifier=cls.classifier)
+        return cls(folder, run.architecture.hyperparameters(), device, fold)
 
 
 class PseTae_pretrained(PseLTae_pretrained):

@@ -1,11 +1,32 @@
 """Temporal Attention Encoder (Garnot et al., CVPR 2020, section 3.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import DateProjection, PositionalTable, Positions, attention_weights, check_dates, mlp
+from models import ltae
+from models.layers import (
+    DateProjection,
+    PositionalTable,
+    Positions,
+    agree_attention,
+    attention_weights,
+    check_dates,
+    mlp,
+)
+
+# The published defaults of L-TAE do not fit TAE, which has those of its own class.
+SIZES = ltae.SIZES | {
+    name: ltae.SIZES[name]._replace(default=default)
+    for name, default in (("n_head", 4), ("d_k", 32), ("mlp3", [512, 128, 128]), ("d_model", None))
+}
+
+
+def agree_sizes(sizes: dict[str, Any], typed: dict[str, Any]) -> None:
+    """Fits sizes to those typed: every head gives all d_model channels."""
+    agree_attention(sizes, typed, copies=sizes["n_head"])
 
 
 class TemporalAttentionEncoder(nn.Module):

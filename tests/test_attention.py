@@ -180,11 +180,11 @@ def test_encoders_without_attention_are_refused(
     results = run_train(run[0], tmp_path / "gru", "--epochs 1 --gru", monkeypatch)
     with pytest.raises(SystemExit, match="2"):
         run_inference(run[0], results, tmp_path / "out", "--attention", monkeypatch)
-    assert "a PseGru has no attention" in capsys.readouterr().err
+    assert "PSE + GRU has no attention" in capsys.readouterr().err
     (results / "conf.json").unlink()  # bare weights, described by flags
     with pytest.raises(SystemExit, match="2"):
         run_inference(run[0], results, tmp_path / "out", "--attention --preset GRU/15k", monkeypatch)
-    assert "a PseGru has no attention" in capsys.readouterr().err
+    assert "PSE + GRU has no attention" in capsys.readouterr().err
 
 
 def test_from_run_is_the_trained_model(run: tuple[Path, Path], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
 from learning import attention
 from learning.engine import train_epoch
 from learning.focal_loss import FocalLoss
-from learning.options import build_model, read_preset, resolve_architecture
+from learning.options import DataShape, resolve_architecture
 from learning.resume import STATE
 from learning.runtime import map_tensors
 from learning.weight_init import weight_init
@@ -244,13 +244,9 @@ def count_steps(name: str, folder: Path, numbers: Sequence[int]) -> list[tuple[i
     """Waits and kernels of epochs of so many training steps on 2 parcels each, once the epoch's draws are made."""
     with pretend_cuda() as log:
         dataset = open_folder(folder)
-        n_dates = None if dataset.varying else dataset.n_dates
         typed = {FLAGS[name][2:]: True} if FLAGS[name] else {}
-        config = resolve_architecture(
-            typed, read_preset(None), dataset.n_channels, n_dates, dataset.n_extra, 3
-        )
-        config["grid"] = list(range(0, 101, 10)) if dataset.varying else None
-        model = build_model(config, dataset.n_extra, dataset.date_positions).apply(weight_init).to(CUDA)
+        architecture = resolve_architecture(typed, {}, DataShape.of(dataset, 3))
+        model = architecture.build().apply(weight_init).to(CUDA)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
         assert dataset.fits_on(CUDA) != dataset.varying
         if dataset.fits_on(CUDA):

@@ -12,8 +12,9 @@ from dataset import PixelSetData
 from learning.export import Exported, check_export
 from learning.results import load_normalisation
 from learning.run import open_run
+from models.ensemble import Ensemble
 from models.series import Series
-from models.stclassifier import Ensemble, PseLTae
+from models.stclassifier import PseLTae
 from preprocessing.settings import CLASSES_20
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder, write_meta
@@ -209,7 +210,7 @@ def test_wrong_input(
 def test_what_cannot_be_exported_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     with pytest.raises(ValueError, match="ONNX needs the packages of requirements-export.txt"):
-        check_export(Path("model.onnx"), {"lms": 24})
+        check_export(Path("model.onnx"))
 
 
 def test_a_model_that_this_pytorch_cannot_export(

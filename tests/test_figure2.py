@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from learning.comparison import (
     published_curves,
 )
 from learning.files import read_json
-from learning.options import read_preset
-from learning.run import PUBLISHED_DAYS, published_config
-from preprocessing.settings import CLASSES_20
+from learning.options import resolve_architecture
+from learning.run import AGRI, PUBLISHED_DAYS, Run
+from models.architecture import Architecture, read_preset
+from preprocessing.settings import CLASSES_20, DataSettings
 from tests.commands import run_command
 from tests.folders import write_folder, write_meta
 
@@ -188,9 +190,9 @@ def plain_flops(config: dict, S: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["LTAE/9k", "LTAE/740k", "TAE/19k", "TAE/195k", "GRU/134k", "TempCNN/3362k"])
 def test_operations_are_those_of_the_equations(name: str) -> None:
-    config = published_config({}, read_preset(name)) | {"npixel": 7}
-    _, flops = measure_model(config)
-    assert flops == plain_flops(config, 7)
+    run = agri_run(architecture=resolve_architecture({}, read_preset(name), AGRI), npixel=7)
+    _, flops = measure_model(run)
+    assert flops == plain_flops(run.architecture.to_dict(), 7)
 
 
 def test_published_curve_is_that_of_the_paper() -> None:
@@ -199,6 +201,18 @@ def test_published_curve_is_that_of_the_paper() -> None:
     counts, values = published_curves()["LTAE"]
     assert (counts[0], counts[-1]) == (8_832, 3_808_896)  # as in the README
     assert (values[0], values[2]) == (50.90, 51.72)
+
+
+def agri_run(
+    architecture: Architecture | None = None,
+    date_positions: list[int] = PUBLISHED_DAYS,
+    classes: tuple[int, ...] = CLASSES_20,
+    simulated: bool = False,
+    npixel: int = 64,
+) -> Run:
+    architecture = replace(architecture or resolve_architecture({}, {}, AGRI), date_positions=date_positions)
+    data = DataSettings(classes=classes, npixel=npixel)
+    return Run(Path("run"), data, architecture, about={"simulated": simulated})
 
 
 def agri_row(**changes: object) -> Row:
@@ -214,12 +228,11 @@ def agri_row(**changes: object) -> Row:
         ({"parcels": 2000}, {}, False),
         ({}, {"simulated": True}, False),
         ({}, {"date_positions": [*PUBLISHED_DAYS[:-1], 286]}, False),
-        ({}, {"sub_classes": list(CLASSES_20[:-1])}, False),
+        ({}, {"classes": CLASSES_20[:-1]}, False),
     ],
 )
 def test_sentinel_agri_is_told(row: dict, config: dict, expected: bool) -> None:
-    settings = {"sub_classes": list(CLASSES_20), "date_positions": PUBLISHED_DAYS, "simulated": False}
-    assert is_sentinel_agri(agri_row(**row), settings | config) == expected
+    assert is_sentinel_agri(agri_row(**row), agri_run(**config)) == expected
 
 
 @pytest.mark.parametrize("with_published", [False, True])
@@ -241,8 +254,8 @@ def test_picture(with_published: bool) -> None:
 
 
 def test_title_says_that_data_are_simulated(results: Path) -> None:
-    row, config = comparison.read_run(results, "LTAE/9k")
-    assert comparison.title([row], [config]).startswith("simulated data")
-    assert comparison.title([row], [config | {"simulated": False}]).startswith(
+    row, run = comparison.read_line(results, "LTAE/9k")
+    assert comparison.title([row], [run]).startswith("simulated data")
+    assert comparison.title([row], [replace(run, about={**run.about, "simulated": False})]).startswith(
         "set (15 parcels), 3 folds, 2 epochs"
     )

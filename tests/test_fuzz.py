@@ -25,7 +25,7 @@ import torch
 from dataset import PixelSetData, find_norm
 from learning.results import load_normalisation, save_normalisation, save_overall
 from learning.resume import STATE, FoldProgress, finished_folds
-from learning.run import read_config
+from learning.run import read_run
 from learning.safe_pickle import load_arrays
 from models.weights import load_weights, read_checkpoint
 from preprocessing.folds import read_parts
@@ -221,9 +221,7 @@ def test_folds_json(place: Path, tmp_path: Path) -> None:
 
 
 def test_conf_json(place: Path, tmp_path: Path) -> None:
-    check_reader(
-        place / "res" / "conf.json", lambda: read_config(place / "res"), tmp_path / "log", mutate_json
-    )
+    check_reader(place / "res" / "conf.json", lambda: read_run(place / "res"), tmp_path / "log", mutate_json)
 
 
 @pytest.mark.parametrize("name", ["trainlog.json", "test_metrics.json"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dataset import PixelSetData
-from learning.options import build_model
 from learning.results import load_normalisation
+from learning.run import open_run
 from models.weights import read_checkpoint
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder
@@ -52,7 +52,7 @@ def log_probabilities(folder: Path, weights: Path) -> torch.Tensor:
     x, _ = data.evaluation(config["rdm_seed"]).batch(range(len(data)))
     result = []
     for k in (1, 2, 3):
-        model = build_model(config, 4, config["date_positions"])
+        model = open_run(weights).architecture.build()
         model.load_state_dict(read_checkpoint(weights / f"Fold_{k}" / "model.pth.tar")["state_dict"])
         result.append(model.eval()(x).log_softmax(1).detach())
     return torch.stack(result)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from learning.options import build_model, read_preset, resolve_architecture
+from learning.options import DataShape, resolve_architecture
+from models.architecture import read_preset
 from models.layers import trainable_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,10 +117,8 @@ def test_table_of_configurations() -> None:
     rows = re.findall(r"^\| `(\w+/\w+)` \|(.*)\| ([\d,]+) \| ([\d,]+) \|$", README, flags=re.M)
     assert len(rows) == 26
     for name, settings, temporal, total in rows:
-        config = resolve_architecture(
-            {}, read_preset(name), n_channels=10, n_dates=24, n_extra=4, n_classes=20
-        )
-        model = build_model(config, 4, range(24))
+        architecture = resolve_architecture({}, read_preset(name), DataShape(10, 24, 4, 20, range(24)))
+        model, config = architecture.build(), architecture.to_dict()
         assert trainable_parameters(model.temporal_encoder) == int(temporal.replace(",", ""))
         assert trainable_parameters(model) == int(total.replace(",", ""))
         for key, value in re.findall(r"(\w+) (\[[\d,]+\]|\d+)", settings):

@@ -16,9 +16,9 @@ from learning.calibration import N_BINS, Calibration
 from learning.charts import HEIGHT, LEFT, WIDTH, Axes, calibration_error, plot_calibration, plot_curves
 from learning.errors import UserError
 from learning.metrics import confusion_matrix_analysis
-from learning.options import hyperparameters
 from learning.report import write_report
 from learning.results import load_normalisation
+from learning.run import open_run
 from learning.safe_pickle import load_arrays
 from models.stclassifier import PseLTae_pretrained
 from tests.commands import run_command, run_train
@@ -182,12 +182,11 @@ def test_calibration_counts_as_a_plain_loop_does() -> None:
 
 
 def test_calibration_of_a_fold_is_that_of_its_test_parcels(results: Path, folder: Path) -> None:
-    config = json.loads((results / "conf.json").read_text())
     norm, stats = load_normalisation(results)
     data = PixelSetData(
         folder, "label_44class", 6, [1, 3, 9], norm, "geomfeat", extra_stats=stats
     ).evaluation(1)
-    kwargs = hyperparameters(config, data.n_extra, data.date_positions)
+    kwargs = open_run(results).architecture.hyperparameters()
     for k, (_, _, test) in enumerate(fold_splits(30, 3, 1), start=1):
         model = PseLTae_pretrained(results, kwargs, device="cpu", fold=k)
         expected = Calibration()

@@ -11,23 +11,18 @@ import train
 from dataset import PixelSetData, fold_splits
 from learning.errors import UserError
 from learning.metrics import confusion_matrix_analysis
-from learning.options import (
-    PRESETS,
-    build_model,
-    choose_classes,
-    hyperparameters,
-    read_preset,
-    resolve_architecture,
-)
+from learning.options import DataShape, choose_classes, resolve_architecture
 from learning.results import load_normalisation
+from learning.run import open_run
 from learning.safe_pickle import load_arrays
+from models.architecture import PRESETS, read_preset
 from models.layers import trainable_parameters
 from models.stclassifier import PseLTae_pretrained
 from tests.commands import run_train
 from tests.folders import write_folder
 
 CONFIGURATIONS = [f"{a}/{size}" for a, sizes in json.loads(PRESETS.read_text()).items() for size in sizes]
-SENTINEL_AGRI = {"n_channels": 10, "n_dates": 24, "n_extra": 4, "n_classes": 20}
+SENTINEL_AGRI = DataShape(n_channels=10, n_dates=24, n_extra=4, n_classes=20, date_positions=range(24))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +56,7 @@ def test_writes_every_file_of_the_published_layout(results: Path, folder: Path) 
         [128, 64, 32, 3],
     )
     assert config["sub_classes"] == [1, 3, 9] and config["lms"] == 5 and config["n_extra"] == 4
-    assert config["N_params"] == trainable_parameters(build_model(config, 4, config["date_positions"]))
+    assert config["N_params"] == trainable_parameters(open_run(results).architecture.build())
     splits = fold_splits(18, 3, 1)
     total = 0
     for k, (_, _, test) in enumerate(splits, start=1):
@@ -90,12 +85,11 @@ def test_writes_every_file_of_the_published_layout(results: Path, folder: Path) 
 
 
 def test_saved_weights_give_the_test_scores(results: Path, folder: Path) -> None:
-    config = json.loads((results / "conf.json").read_text())
     norm, extra_stats = load_normalisation(results)
     data = PixelSetData(
         folder, "label_44class", 6, [1, 3, 9], norm, "geomfeat", extra_stats=extra_stats
     ).evaluation(1)
-    kwargs = hyperparameters(config, data.n_extra, data.date_positions)
+    kwargs = open_run(results).architecture.hyperparameters()
     for k, (_, _, test) in enumerate(fold_splits(18, 3, 1), start=1):
         model = PseLTae_pretrained(results, kwargs, device="cpu", fold=k)
         x, y = data.batch(test)
@@ -151,10 +145,10 @@ def test_every_configuration_of_figure_2_trains_by_name(
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_flags_alone_give_the_same_as_the_preset(name: str) -> None:
     preset = read_preset(name)
-    by_name = resolve_architecture({}, preset, **SENTINEL_AGRI)
-    assert by_name == resolve_architecture(preset, {}, **SENTINEL_AGRI)
+    by_name = resolve_architecture({}, preset, SENTINEL_AGRI)
+    assert by_name == resolve_architecture(preset, {}, SENTINEL_AGRI)
     published = {key: value for key, value in preset.items() if value is not None}
-    assert {key: by_name[key] for key in published} == published
+    assert {key: by_name.to_dict()[key] for key in published} == published
 
 
 @pytest.mark.parametrize(
@@ -179,14 +173,14 @@ def test_flags_alone_give_the_same_as_the_preset(name: str) -> None:
     ],
 )
 def test_sizes_follow_from_those_typed(typed: dict, expected: dict) -> None:
-    config = resolve_architecture(typed, {}, **SENTINEL_AGRI)
-    assert {name: config[name] for name in expected} == expected
-    build_model(config, 4, range(24))
+    architecture = resolve_architecture(typed, {}, SENTINEL_AGRI)
+    assert {name: architecture.to_dict()[name] for name in expected} == expected
+    architecture.build()
 
 
 def test_readme_example_has_8832_parameters_in_its_temporal_encoder() -> None:
-    config = resolve_architecture({"n_head": 8, "d_k": 8, "mlp3": [128]}, {}, **SENTINEL_AGRI)
-    assert trainable_parameters(build_model(config, 4, range(24)).temporal_encoder) == 8832
+    architecture = resolve_architecture({"n_head": 8, "d_k": 8, "mlp3": [128]}, {}, SENTINEL_AGRI)
+    assert trainable_parameters(architecture.build().temporal_encoder) == 8832
 
 
 def test_published_classes_where_all_are_there() -> None:

@@ -19,7 +19,6 @@ import figure2
 import inference
 import train
 from dataset import PixelSetData
-from learning.options import hyperparameters
 from learning.resume import FoldProgress
 from learning.run import open_run
 from models.stclassifier import PseLTae_pretrained
@@ -193,8 +192,7 @@ def test_pixels_that_are_not_normalised_are_warned_of_once(
     trained: tuple[Path, str, dict[str, bytes]], dataset: Path
 ) -> None:
     run = open_run(trained[0])
-    config = run.config
-    kwargs = hyperparameters(config, config["n_extra"], config["date_positions"])
+    kwargs = run.architecture.hyperparameters()
     raw = PixelSetData(dataset, None, 6, extra_feature="geomfeat").evaluation(1).batch(range(20))[0]
     normalised = run.open_dataset(dataset).batch(range(20))[0]
     (pixels, mask), extra = raw

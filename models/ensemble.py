@@ -1,0 +1,102 @@
+"""Trained classifiers that predict together, and how they are read from the weights of a cross-validation."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.pse import PixelSet, split_input
+from models.series import Series
+from models.weights import choose_folds, load_weights, read_checkpoint
+
+
+class Ensemble(nn.Module):
+    """Trained classifiers, one per fold, that predict together; always in evaluation mode.
+
+    Args:
+        members: classifiers with the same input and classes.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self._is_first_batch = True
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Ensemble":
+        """Stays in evaluation mode, whatever is asked: batch statistics and dropout would change predictions."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def member_log_probabilities(self, input: PixelSet | Series) -> Tensor:
+        """Every member's log-softmax, (members, B, K)."""
+        if self._is_first_batch:
+            self._is_first_batch = False
+            warn_unless_normalised(input)
+        outputs = (member(input) for member in self.members)
+        logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        return torch.log_softmax(torch.stack(logits), dim=2)
+
+    def forward(self, input: PixelSet | Series) -> Tensor:
+        """Mean over the members of their log-softmax, (B, K)."""
+        return self.member_log_probabilities(input).mean(0)
+
+    def predict_class(self, input: PixelSet | Series) -> Tensor:
+        """Index of the most likely class of each parcel, (B,)."""
+        return self(input).argmax(1)
+
+    @torch.no_grad()
+    def embed(self, input: PixelSet | Series) -> Tensor:
+        """Every member's `embed`, (members, B, mlp4[0]); each member has a space of its own."""
+        return torch.stack([member.embed(input) for member in self.members])
+
+    @torch.no_grad()
+    def attention(self, input: PixelSet | Series) -> Tensor:
+        """Every member's `attention`, (members, H, B, L); head h of one has nothing to do with head h of another."""
+        return torch.stack([member.attention(input) for member in self.members])
+
+
+def warn_unless_normalised(input: PixelSet | Series) -> None:
+    """Warns of pixels that are plainly not normalised: large numbers, or many of which none is below 0."""
+    pixels = input.pixels if isinstance(input, Series) else split_input(input)[0][0]
+    if pixels.abs().median() > 10 or (len(pixels) >= 8 and pixels.min() >= 0):
+        warnings.warn(
+            f"the pixels are not normalised, they are from {pixels.min():g} to {pixels.max():g}, so the predictions mean "
+            "nothing; learning.run.open_run(folder).predict(dataset_folder) reads and normalises them as in training.",
+            stacklevel=4,
+        )
+
+
+def load_members(
+    classifier: type[nn.Module],
+    weight_folder: str | Path,
+    hyperparameters: dict[str, Any],
+    device: str | torch.device | None = None,
+    fold: int | str = "all",
+) -> list[nn.Module]:
+    """The trained classifiers of the folds of a cross-validation.
+
+    Args:
+        classifier: their class.
+        weight_folder: folder of `Fold_k/model.pth.tar`.
+        hyperparameters: keyword arguments of the class.
+        device: where to load them; without it CUDA if there is a GPU, else the CPU.
+        fold: "all", or the number, from 1, of one fold.
+
+    Raises:
+        FileNotFoundError: if the folder or the fold is missing.
+        ValueError: if a checkpoint is damaged, unsafe, or of another architecture, or the device is missing.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r} but PyTorch finds no GPU; pass device='cpu'.")
+    members = []
+    for path in choose_folds(weight_folder, fold).values():
+        member = classifier(**hyperparameters)
+        load_weights(member, read_checkpoint(path)["state_dict"], source=path)
+        members.append(member.to(device))
+    return members
