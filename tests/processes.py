@@ -5,10 +5,12 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch._dynamo  # noqa: F401  # the first step of an optimiser imports it: once here, not once per child
@@ -50,14 +52,21 @@ def start(
 
 def start_ranks(main: Callable[[], None], command: list[str], log: Path, n: int) -> list[int]:
     """Runs n processes that join each other, as torchrun would start them; returns their ids."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     shared = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     shared |= {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     return [
         start(main, command, log, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(n)
     ]
+
+
+def _free_port() -> int:
+    """A port beside the range that systems choose from for others, so that none takes it in the meantime."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as attempt, suppress(OSError):
+            attempt.bind(("localhost", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def wait(pid: int) -> int:
@@ -105,12 +114,12 @@ def watch(folder: Path, act: Callable[[str, str], None]) -> None:
         folder: the folder.
         act: gets the step's name, and the path in the folder; of a renaming, the new one.
     """
-    root, me, busy = os.path.abspath(folder) + os.sep, os.getpid(), False
+    root, me = os.path.abspath(folder) + os.sep, os.getpid()
+    one_thread, inside = threading.Lock(), threading.local()
 
     def hook(event: str, args: tuple) -> None:
-        nonlocal busy
-        # Cheap tests first: every import and call of a C function comes by. Loading processes inherit this.
-        if event not in _STEPS or busy or os.getpid() != me:
+        # Steps of `act` itself do not count, nor do those of loading processes, which inherit this.
+        if event not in _STEPS or os.getpid() != me or getattr(inside, "act", False):
             return
         place, directory = _STEPS[event]
         path = args[place]
@@ -121,11 +130,12 @@ def watch(folder: Path, act: Callable[[str, str], None]) -> None:
             path = os.path.join(os.readlink(f"/proc/self/fd/{args[directory]}"), path)
         path = os.path.abspath(path)
         if path.startswith(root):
-            busy = True
+            inside.act = True
             try:
-                act(_name_step(event, args), path.removeprefix(root))
+                with one_thread:
+                    act(_name_step(event, args), path.removeprefix(root))
             finally:
-                busy = False
+                inside.act = False
 
     sys.addaudithook(hook)
 
@@ -170,7 +180,7 @@ def kill_at_every_stage(
     every_time: bool = False,
     same: Callable[[str], str] = str,
 ) -> list[str]:
-    """Starts a script again and again, until it ends by itself: each process is killed at the first stage where none was.
+    """Starts a script until it ends by itself; each process is killed at the first stage at which none was before.
 
     A stage is a step in a folder, see `watch`, together with the path and with whether there is something at that path;
     or it is the writing of a file, which is cut in half then. Nothing depends on how long anything takes.
