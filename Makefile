@@ -8,12 +8,15 @@ RES_DIR ?= results/simulated
 train: .venv/.installed
 	.venv/bin/python train.py --epochs 15 --batch_size 32 --res_dir $(RES_DIR) --overwrite $(OPTIONS)
 
+# Two processes; each takes tests from the other's list when its own is empty.
 test: .venv/.everything
-	.venv/bin/python -m pytest $(OPTIONS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(OPTIONS)
 
-# Kills, damaged files and processes that train together, for as long as real runs: half an hour or more.
+# Kills, damaged files and processes that train together, for as long as real runs, what takes a training to an accuracy,
+# and the benchmark as a user runs it: half an hour or more.
 soak: .venv/.everything
-	SOAK=1 .venv/bin/python -m pytest tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_soak.py $(OPTIONS)
+	SOAK=1 .venv/bin/python -m pytest tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_soak.py \
+		tests/test_readme.py tests/test_train.py $(OPTIONS)
 
 # Known vulnerabilities of the packages that are installed, by a tool in an environment of its own.
 AUDIT = .venv/audit

@@ -17,8 +17,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.flags import Parser
 from learning.errors import UserError, run_cli
-from learning.options import Parser
 from learning.progress import progress_bar
 from learning.results import prepare_output
 from preprocessing.archives import is_archive, unpack

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.flags import Parser, positive
 from learning.errors import UserError, as_user_error, run_cli
 from learning.files import write_bytes, write_json
-from learning.options import Parser, positive
 
 LEFT_OUT = "left_out.csv"
 

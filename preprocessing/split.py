@@ -20,11 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.model_selection import StratifiedGroupKFold
 
+from common.flags import Parser, non_negative, positive
+from common.flags import seed as parse_seed
 from learning.cartography import PALETTE, fill, frame_panel, outline_paths
 from learning.errors import UserError, run_cli
 from learning.files import write_bytes
-from learning.options import Parser, non_negative, positive
-from learning.options import seed as parse_seed
 from learning.results import save_figure
 from preprocessing.metadata import read_nomenclatures
 from preprocessing.parcels import OUTLINES, read_outlines, to_ground

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.flags import Parser
 from learning.errors import UserError, as_user_error, run_cli
 from learning.files import write_json
-from learning.options import Parser
 from learning.progress import progress_bar
 from preprocessing.metadata import read_info
 from preprocessing.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm

@@ -1,12 +1,15 @@
 """Settings of the whole suite: no display, one thread, and GPU tests that say when they are skipped."""
 
 import os
+from collections.abc import Iterator
 
 # Before anything imports matplotlib; commands under test inherit it.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 import torch
+
+from tests.processes import end_children
 
 # The tensors are tiny: on busy cores, threads that wait for each other take five times as long as one alone.
 torch.set_num_threads(1)
@@ -22,3 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):  # not by keywords, among which folders are too
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _no_child_stays() -> Iterator[None]:
+    yield
+    end_children()

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import re
+import shutil
 import stat
 import tarfile
 import threading
@@ -17,6 +19,7 @@ from learning.errors import UserError
 from preprocessing import archives, download
 from preprocessing.archives import unpack
 from preprocessing.download import RECORDS, next_step
+from tests.processes import contents, kill_at_every_stage
 
 NUMBER = RECORDS["weights"]
 
@@ -156,6 +159,33 @@ def test_goes_on_in_another_call(service: Service, tmp_path: Path) -> None:
     service.asked.clear()
     download.download("weights", tmp_path, service.url)
     assert (tmp_path / "big.bin").read_bytes() == content and service.asked == ["bytes=4000-"]
+
+
+def test_killed_at_every_stage(service: Service, tmp_path: Path) -> None:
+    """What is there is never taken for more than it is; the same command goes on, or says what to remove first."""
+    archive, log, folder = make_tar(WEIGHTS | {"other/a.txt": b"a"}), tmp_path / "log", tmp_path / "to"
+    service.files = {"w.tar.gz": archive, "big.bin": bytes(i * i % 251 for i in range(3_000))}
+    expected = {"big.bin": service.files["big.bin"], **WEIGHTS, "other/a.txt": b"a"}
+
+    def main() -> None:
+        while True:
+            try:
+                download.download("weights", folder, service.url)
+                return
+            except UserError as error:
+                named, found = re.fullmatch(r"(.*) exists already; remove it .*", str(error), re.S), {"run", "other"}
+                assert named and Path(named[1]).parent == folder and Path(named[1]).name in found, error
+                shutil.rmtree(named[1])
+
+    killed = kill_at_every_stage(main, [], folder, log)
+    found = {name: data for name, data in contents(folder).items() if name[0] != "."}
+    found.pop("w.tar.gz", None)  # stays where a process was killed after it had noted that all is unpacked
+    assert found == expected
+    for name in ("big.bin", "w.tar.gz"):
+        assert {f"write .{name}.part", f"within .{name}.part", f"rename {name}"} <= set(killed)
+    unpacked = {f"{step} .unpacking-*/{name}" for name in (*WEIGHTS, "other/a.txt") for step in ("write", "within")}
+    assert unpacked | {"rename run", "rename other", "write .w.tar.gz.unpacked"} <= set(killed)
+    assert "remove w.tar.gz anew" in killed
 
 
 def test_starts_again_where_the_server_cannot_go_on(service: Service, tmp_path: Path) -> None:

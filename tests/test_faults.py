@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from learning import predictions
 from learning.distributed import together
 from learning.errors import UserError
 from learning.files import write_bytes
+from learning.results import TRAINLOG
 from learning.resume import STATE
 from models.weights import CHECKPOINT, read_checkpoint
 from preprocessing.store import open_store
 from tests.commands import run_train
 from tests.folders import write_folder
-from tests.processes import start, wait, wait_for
+from tests.processes import start, stop_when, wait, wait_until_stopped
 
 EPOCHS = 4
 
@@ -33,11 +35,24 @@ def folder(tmp_path: Path) -> Path:
     return write_folder(tmp_path / "set", n_parcels=18)
 
 
-def begin(folder: Path, res_dir: Path, main=train.main, *options: str) -> int:
-    """Starts a training and waits until its first epoch is finished."""
-    line = f"--dataset_folder {folder} --res_dir {res_dir} --kfold 3 --npixel 6 --batch_size 4 --epochs 60"
-    pid = start(together(main), [*line.split(), *options], res_dir.with_name("log"))
-    wait_for((res_dir / "Fold_1" / STATE).exists, pid)
+def start_training(folder: Path, res_dir: Path, main: Callable[[], None]) -> int:
+    line = f"--dataset_folder {folder} --res_dir {res_dir} --kfold 3 --npixel 6 --batch_size 4 --epochs 8"
+    return start(together(main), line.split(), res_dir.with_name("log"))
+
+
+def begin(folder: Path, res_dir: Path, epochs: Sequence[int] = (1,)) -> int:
+    """Starts a training that stops itself whenever one of these epochs is finished; waits for the first time."""
+
+    def finished(epoch: int) -> bool:
+        log = res_dir / "Fold_1" / TRAINLOG
+        return log.exists() and f'"{epoch}"' in log.read_text()
+
+    def main() -> None:
+        stop_when(res_dir, *(lambda epoch=epoch: finished(epoch) for epoch in epochs))
+        train.main()
+
+    pid = start_training(folder, res_dir, main)
+    wait_until_stopped(pid)
     return pid
 
 
@@ -59,6 +74,7 @@ def test_full_disk(folder: Path, tmp_path: Path) -> None:
     pid = begin(folder, tmp_path / "res")
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    os.kill(pid, signal.SIGCONT)
     check_end(pid, tmp_path / "res", "last.pth.tar cannot be written", "make room")
     assert not list((tmp_path / "res" / "Fold_1").glob(".*"))  # nothing half written stays
 
@@ -108,20 +124,21 @@ def test_pixels_that_change_during_training(folder: Path, tmp_path: Path, remove
         shutil.rmtree(pixels.parent)
     else:
         os.utime(pixels)
+    os.kill(pid, signal.SIGCONT)
     check_end(pid, tmp_path / "res", str(pixels), "was changed or removed", "--resume")
 
 
 def test_files_of_parcels_may_go_once_they_are_packed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    pid = begin(folder, tmp_path / "res")
+    pid = begin(folder, tmp_path / "res", epochs=(1, 4))
     (folder / "DATA" / "3.npy").unlink()
-    seen = (tmp_path / "log").read_text().count("epoch")
-    wait_for(lambda: (tmp_path / "log").read_text().count("epoch") >= seen + 3, pid)
+    os.kill(pid, signal.SIGCONT)
+    wait_until_stopped(pid)
     os.kill(pid, signal.SIGKILL)
     wait(pid)
     with pytest.raises(SystemExit):
-        run_train(folder, tmp_path / "res", "--epochs 60 --resume", monkeypatch)
+        run_train(folder, tmp_path / "res", "--epochs 8 --resume", monkeypatch)
     assert "was begun; give the same settings and data" in capsys.readouterr().err
 
 
@@ -138,7 +155,7 @@ def test_a_loading_process_that_dies(folder: Path, tmp_path: Path) -> None:
         train.count_workers = lambda asked: 1
         train.main()
 
-    check_end(begin(folder, tmp_path / "res", main), tmp_path / "res", "a loading process ended", "--resume")
+    check_end(start_training(folder, tmp_path / "res", main), tmp_path / "res", "a loading process ended", "--resume")
 
 
 def test_a_loss_that_is_not_finite(folder: Path, tmp_path: Path) -> None:
@@ -154,5 +171,5 @@ def test_a_loss_that_is_not_finite(folder: Path, tmp_path: Path) -> None:
         torch.optim.Adam.step = diverge
         train.main()
 
-    pid = begin(folder, tmp_path / "res", main)
+    pid = start_training(folder, tmp_path / "res", main)
     check_end(pid, tmp_path / "res", "Fold 1/3  epoch", "step", "the loss is nan", "--lr")

@@ -7,6 +7,7 @@ import pytest
 
 from preprocessing.simulate import simulate
 from tests.commands import run_train
+from tests.processes import PATIENCE
 
 nbformat = pytest.importorskip("nbformat", reason="requirements-notebook.txt is not installed")
 nbclient = pytest.importorskip("nbclient", reason="requirements-notebook.txt is not installed")
@@ -31,7 +32,7 @@ def execute(run: Path, folder: Path) -> list:
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
     parameters.source = f"run, dataset_folder = {str(run)!r}, {str(folder)!r}"
     resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=PATIENCE, kernel_name="python3", resources=resources).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 

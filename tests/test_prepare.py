@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import re
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +16,7 @@ import pytest
 from filelock import FileLock
 
 from tests.commands import run_command
+from tests.processes import PATIENCE, contents, kill_at_every_stage, start, wait
 from tests.rasters import (
     LEFT,
     SIDE,
@@ -360,7 +361,7 @@ def scheduler(tmp_path: Path):
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         processes.append(subprocess.Popen([*command, *start], env=environment, **options))
         with distributed.Client(address) as client:
-            client.wait_for_workers(1, timeout=30)
+            client.wait_for_workers(1, timeout=PATIENCE)
         yield address
     finally:
         for process in processes:
@@ -434,31 +435,58 @@ def test_one_run_at_a_time(images, run, tmp_path, capsys):
     assert "is being prepared already" in capsys.readouterr().err
 
 
-def test_killed_at_any_moment(tmp_path):
+def test_killed_at_every_stage(tmp_path):
     """Killed again and again, each time later; then the result is that of an undisturbed run."""
-    for i in range(12):
-        write_image(tmp_path / "images" / f"2017{i + 1:02}01.tif", random_values(i))
-    write_parcels(tmp_path / "parcels.gpkg", difficult_outlines())
-    command = [sys.executable, "-m", "preprocessing.prepare", "--images", tmp_path / "images"]
-    command += ["--parcels", tmp_path / "parcels.gpkg", "--output"]
-    started = time.monotonic()
-    subprocess.run([*command, tmp_path / "whole"], check=True, capture_output=True, timeout=60)
-    duration = time.monotonic() - started
-    for share in (0.7, 0.85, 0.95, 1.0):
-        process = subprocess.Popen(
-            [*command, tmp_path / "killed"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(share * duration)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "killed").exists():
-            break
-    else:
-        subprocess.run([*command, tmp_path / "killed"], check=True, capture_output=True, timeout=60)
-    expected, data = read_data(tmp_path / "whole"), read_data(tmp_path / "killed")
-    assert data.keys() == expected.keys()
-    for parcel, values in data.items():
-        np.testing.assert_array_equal(values, expected[parcel])
+    for day in DAYS:
+        write_image(tmp_path / "images" / f"{day}.tif", random_values(int(day[5:7].strip("-"))))
+    write_parcels(tmp_path / "parcels.gpkg", difficult_outlines(), crop=["wheat", "maize"] * 4)
+    results = tmp_path / "results"
+    results.mkdir()
+    line = f"--images {tmp_path / 'images'} --parcels {tmp_path / 'parcels.gpkg'} --label_column crop --output "
+
+    def main() -> None:
+        """Steps that other packages take, in threads or by themselves, are told to those who watch."""
+        grids._SIDE = 64  # several blocks per image
+        read, write = extract.read_pixels, pixelsets.write_dataframe
+
+        def read_pixels(image, window, *arguments):
+            sys.audit("open", str(results / f"block {image.date} {window.row_off} {window.col_off}"), "r", 0)
+            return read(image, window, *arguments)
+
+        def write_dataframe(table, path, **options):
+            write(table, path, **options)
+            sys.audit("open", str(path), "w", 0)
+
+        extract.read_pixels, pixelsets.write_dataframe = read_pixels, write_dataframe
+        prepare.main()
+
+    assert wait(start(main, [*line.split(), str(tmp_path / "whole")], tmp_path / "log")) == 0
+    output = results / "killed"
+
+    def before() -> None:
+        """What a killed process had finished may not save the next one the work."""
+        if output.exists():
+            check()
+            shutil.rmtree(output)
+
+    def check() -> None:
+        expected, found = contents(tmp_path / "whole"), contents(output)
+        assert expected.keys() == found.keys()
+        assert [name for name in expected if expected[name] != found[name] and name != outlines] == []
+        assert geopandas.read_file(output / outlines).equals(geopandas.read_file(tmp_path / "whole" / outlines))
+
+    outlines = "META/parcels.gpkg"  # holds the time of its writing
+    killed = kill_at_every_stage(main, [*line.split(), str(output)], results, tmp_path / "log", before)
+    check()
+    assert [path.name for path in results.iterdir()] == ["killed"]
+    stages = [re.sub(r"\.killed-\w+", "work", stage) for stage in killed]
+    for date in (20170103, 20170214, 20170520):
+        assert sum(stage.startswith(f"read block {date} ") for stage in stages) == 4
+        assert {f"{step} work/0-{date}.{kind}" for step, kind in (("write", "part"), ("rename", "npy"))} <= set(stages)
+    for name in contents(output):
+        assert any(stage.startswith(("write", "rename")) and f"work/complete/{name}" in stage for stage in stages), name
+        assert any(stage.startswith("within work/complete/") for stage in stages), name
+    assert {"rename killed", "write .killed.lock"} <= set(stages)
 
 
 WRONG = {
@@ -546,7 +574,8 @@ def test_wrong_input_is_one_sentence(images, run, tmp_path, monkeypatch, capsys,
             write_image(tmp_path / "images" / "20180101.tif", random_values(0), crs=None)
         case "parcels without crs":
             parcels.unlink()
-            write_parcels(parcels, outlines, crs=None)
+            with pytest.warns(UserWarning, match="'crs' was not provided"):
+                write_parcels(parcels, outlines, crs=None)
         case "damaged image":
             (tmp_path / "images" / "20180101.tif").write_bytes(b"no image")
         case "truncated image":
@@ -614,7 +643,7 @@ def test_empty_outlines_can_be_skipped(images, run, tmp_path):
 
 def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.prepare", "--quick", "--folder", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert done.returncode == 0 and len(rows) == 5, done.stderr
     assert all(float(row[3]) >= 0 for row in rows[1:]) and float(rows[1][3]) > 0 and int(rows[1][5]) > 0

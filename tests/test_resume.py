@@ -4,20 +4,28 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
+from learning.files import write_bytes
 from learning.progress import tqdm
 from learning.results import CONFIG
 from learning.resume import STATE
-from preprocessing.store import open_store
+from models.weights import CHECKPOINT
 from tests.commands import run_train
 from tests.folders import write_folder, write_meta
-from tests.processes import contents, kill_and_repeat, start, wait, wait_for
+from tests.processes import (
+    PATIENCE,
+    contents,
+    kill_at_every_stage,
+    start,
+    stop_when,
+    wait,
+    wait_until_stopped,
+)
 
 LONG = bool(os.environ.get("SOAK"))
 EPOCHS = 6
@@ -36,43 +44,67 @@ def command(folder: Path, res_dir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes], float]:
-    """A results folder's path, what it holds after an uninterrupted run, and the seconds of that run."""
+def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A results folder's path, and what it holds after an uninterrupted run."""
     path = tmp_path_factory.mktemp("run")
-    begin = time.monotonic()
     pid = start(train.main, command(folder, path / "res", "--resume"), path / "log")
     assert wait(pid) == 0, (path / "log").read_text()
-    seconds = time.monotonic() - begin
     files = contents(path / "res")
     shutil.rmtree(path / "res")
-    return path / "res", files, seconds
+    return path / "res", files
+
+
+def has_epoch(res_dir: Path, fold: int, epoch: int) -> bool:
+    """Whether a fold has finished an epoch and written all files."""
+    log = res_dir / f"Fold_{fold}" / "trainlog.json"
+    return log.exists() and f'"{epoch}"' in log.read_text()
 
 
 def begin_run(folder: Path, res_dir: Path, epoch: int) -> None:
     """Trains until fold 2 has finished an epoch, then kills the process."""
-    pid = start(train.main, command(folder, res_dir, "--resume"), res_dir.with_name("log"))
-    log = res_dir / "Fold_2" / "trainlog.json"
-    wait_for(lambda: log.exists() and f'"{epoch}"' in log.read_text(), pid)
+
+    def main() -> None:
+        stop_when(res_dir, lambda: has_epoch(res_dir, 2, epoch))
+        train.main()
+
+    pid = start(main, command(folder, res_dir, "--resume"), res_dir.with_name("log"))
+    wait_until_stopped(pid)
     os.kill(pid, signal.SIGKILL)
     assert wait(pid) == -signal.SIGKILL
 
 
-def test_killed_at_random_moments_gives_the_same_files(
-    reference: tuple[Path, dict[str, bytes], float], folder: Path
-) -> None:
-    res_dir, files, seconds = reference
-    n_kills = 60 if LONG else 20
+def without_pictures() -> None:
+    """Trains; pictures, which take most of the time, are what they would be drawn from, except with SOAK=1."""
+    if not LONG:
+        train.plot_training = lambda logs: json.dumps(logs).encode()
+        train.plot_confusion = lambda *values: repr(values).encode()
+        train.save_figure = write_bytes
+    train.main()
 
-    def run() -> int:
-        return start(train.main, command(folder, res_dir, "--resume"), res_dir.with_name("log"))
 
-    killed = kill_and_repeat(run, n_kills, seconds / 4, seed=1)
-    assert killed >= 3  # before it had come to its end
-    again = contents(res_dir)
+def test_killed_at_every_stage_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
+    res_dir = tmp_path / "res"
+    line, log = command(folder, res_dir, "--resume"), tmp_path / "log"
+    assert wait(start(without_pictures, line, log)) == 0, log.read_text()
+    files = contents(res_dir)
     shutil.rmtree(res_dir)
+
+    def same(stage: str) -> str:
+        """The second and third fold are one: what is finished before them is on the disk."""
+        return stage if LONG else stage.replace("Fold_3", "Fold_2")
+
+    killed = kill_at_every_stage(without_pictures, line, res_dir, log, every_time=LONG, same=same)
+    again = contents(res_dir)
     assert set(again) == set(files)
     assert [name for name in files if again[name] != files[name]] == []
     assert not any(STATE in name for name in again)
+    # Of all files, half written and put in their place; of those that every epoch replaces, also the second time.
+    for path in {Path(same(name)) for name in files if name != ".lock"}:
+        assert any(stage.startswith(f"within {path.with_name(f'.{path.name}.*.unfinished')}") for stage in killed), path
+        assert any(stage.startswith(f"rename {path}") for stage in killed), path
+    for fold in (1, 2):
+        for name in (STATE, "trainlog.json", CHECKPOINT):
+            assert any(stage.startswith(f"rename Fold_{fold}/{name} anew") for stage in killed), (fold, name)
 
 
 def test_a_process_killed_while_it_draws_a_bar_stops_no_other(tmp_path: Path) -> None:
@@ -86,33 +118,22 @@ def test_a_process_killed_while_it_draws_a_bar_stops_no_other(tmp_path: Path) ->
     for lock in getattr(
         shared, "locks", [shared]
     ):  # those of tqdm's default, one for processes and one for threads
-        assert lock.acquire(timeout=10)
+        assert lock.acquire(timeout=PATIENCE)
         lock.release()
-
-
-def test_packing_that_is_killed_is_made_again(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "set", n_parcels=600, sizes=[400] * 600)
-    begin = time.monotonic()
-    open_store(folder)
-    seconds = time.monotonic() - begin
-    packed = {name: data for name, data in contents(folder).items() if name.startswith("PACKED")}
-
-    def run() -> int:
-        for path in folder.glob("PACKED-*"):  # finished before it was killed
-            shutil.rmtree(path)
-        return start(lambda: open_store(folder), [], tmp_path / "log")
-
-    assert kill_and_repeat(run, 40 if LONG else 8, seconds, seed=2)
-    again = {name: data for name, data in contents(folder).items() if "PACKED-" in name}
-    assert again == packed  # and nothing beside it
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_says_how_to_go_on(folder: Path, tmp_path: Path, number: int, status: int) -> None:
     res_dir, log = tmp_path / "res", tmp_path / "log"
-    pid = start(train.main, command(folder, res_dir), log)
-    wait_for((res_dir / "Fold_1" / STATE).exists, pid)
+
+    def main() -> None:
+        stop_when(res_dir, (res_dir / "Fold_1" / STATE).exists)
+        train.main()
+
+    pid = start(main, command(folder, res_dir), log)
+    wait_until_stopped(pid)
     os.kill(pid, number)
+    os.kill(pid, signal.SIGCONT)
     assert wait(pid) == status
     last = log.read_text().splitlines()[-1]
     assert last.startswith("stopped; ") and "--resume" in last and str(res_dir) in last
@@ -191,9 +212,9 @@ def test_what_has_no_influence_may_differ(
 
 
 def test_a_finished_run_stays_as_it_is(
-    reference: tuple[Path, dict[str, bytes], float], folder: Path, monkeypatch: pytest.MonkeyPatch
+    reference: tuple[Path, dict[str, bytes]], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    res_dir, files, _ = reference
+    res_dir, files = reference
     for name, data in files.items():
         (res_dir / name).parent.mkdir(parents=True, exist_ok=True)
         (res_dir / name).write_bytes(data)
@@ -248,11 +269,13 @@ def test_folds_without_a_configuration_are_not_resumed(
 def test_two_trainings_do_not_share_a_folder(
     begun: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    pid = start(train.main, command(folder, begun, "--resume"), tmp_path / "log")
+    def main() -> None:
+        stop_when(begun, lambda: has_epoch(begun, 2, 4))
+        train.main()
+
+    pid = start(main, command(folder, begun, "--resume"), tmp_path / "log")
     try:
-        log = tmp_path / "log"
-        wait_for(lambda: log.exists() and "after epoch" in log.read_text(), pid)
-        os.kill(pid, signal.SIGSTOP)
+        wait_until_stopped(pid)
         with pytest.raises(SystemExit):
             run_train(folder, begun, f"--epochs {EPOCHS} --resume", monkeypatch)
         assert "another training" in capsys.readouterr().err

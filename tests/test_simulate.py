@@ -18,6 +18,7 @@ from preprocessing.crops import CROPS, ground_cover
 from preprocessing.fields import FIRST_PARCELS, simulate_parcel
 from preprocessing.seasons import DATES, draw_own_season, draw_season
 from preprocessing.simulate import embedded_dataset, simulate
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED_CODES = {1, 3, 4, 5, 6, 8, 9, 12, 13, 14, 16, 18, 19, 23, 28, 31, 33, 34, 36, 39}
@@ -44,7 +45,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 def run_command(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "preprocessing.simulate", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_folder_has_the_published_format(dataset):

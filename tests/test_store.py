@@ -5,9 +5,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +16,8 @@ from preprocessing import moments
 from preprocessing import store as module
 from preprocessing.store import PixelStore, open_store
 from tests.folders import write_folder
+from tests.processes import contents, kill_at_every_stage, start, stop_when, wait, wait_until_stopped, watch
 
-ROOT = Path(__file__).resolve().parent.parent
 IDS = (3, 11, 2, 100, 7, 41)
 
 
@@ -217,67 +214,53 @@ def test_two_datasets_of_one_name_share_a_cache(tmp_path):
 
 # ------------------------------------------------------------------------------------------- cut short, at once
 
-PACK = "import sys; from preprocessing.store import open_store; open_store(sys.argv[1])"
-SLOWLY = """
-import sys, time
-from preprocessing import store
-read = store._read_values
-def slowly(name, header):
-    print(name, flush=True)
-    time.sleep(0.05)
-    return read(name, header)
-store._read_values = slowly
-store.open_store(sys.argv[1])
-"""
 
+def test_packing_killed_at_every_stage_is_made_again(folder, tmp_path):
+    path = open_store(folder).path
+    packed, earlier = contents(path), path.with_name("PACKED-earlier")
 
-def start(code: str, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    def before() -> None:
+        """An outdated pack lies there; what a killed process had finished may not save the next one the work."""
+        if path.exists():
+            assert contents(path) == packed  # what has its final name is complete
+            shutil.rmtree(earlier, ignore_errors=True)
+            path.rename(earlier)
 
-
-@pytest.mark.parametrize("n_read", [1, 4, 6])
-def test_a_killed_packing_leaves_nothing_that_is_taken_for_complete(folder, n_read):
-    process = start(SLOWLY, folder)
-    for _ in range(n_read):
-        assert process.stdout.readline()
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    left = packs(folder)
-    assert len(left) == 1 and left[0].startswith(".PACKED-")  # it was at work, and had not finished
-    store = open_store(folder)
-    check(store, folder)
-    assert packs(folder) == [store.path.name]
-
-
-@pytest.mark.parametrize("wait", [0, 0.01, 0.03, 0.1])
-def test_packing_killed_at_any_moment(tmp_path, wait):
-    """At full speed: whatever is complete when the process dies must be right."""
-    folder = write_folder(tmp_path, 300, n_dates=2, n_channels=2)
-    process = start(PACK, folder)
-    while not packs(folder) and process.poll() is None:
-        time.sleep(0.001)
-    time.sleep(wait)
-    process.kill()
-    process.communicate()
-    for name in packs(folder):
-        if not name.startswith("."):
-            check(PixelStore(folder / name), folder)
+    killed = kill_at_every_stage(lambda: open_store(folder), [], folder, tmp_path / "log", before, every_time=True)
+    assert contents(path) == packed
     check(open_store(folder), folder)
-    assert len(packs(folder)) == 1
+    assert packs(folder) == [path.name]  # and nothing beside it
+    # Every file of DATA is read for its header, then for its values, while pixels.npy is written.
+    reached = {f"read DATA/{parcel}.npy anew {time}" for parcel in IDS for time in (1, 2)}
+    reached |= {f"{step} .PACKED-*/{name} 1" for step in ("write", "within") for name in ("pixels.npy", "index.npz")}
+    reached |= {"remove .PACKED-*/pixels.npy anew 1", "rmdir .PACKED-* anew 1"}  # what a killed process left
+    reached |= {f"rename {path.name} 1", "remove PACKED-earlier/pixels.npy anew 1", "rmdir PACKED-earlier anew 1"}
+    assert reached <= set(killed)
 
 
-def test_two_processes_at_once_pack_once(folder):
-    processes = [start(SLOWLY, folder) for _ in range(2)]
-    outputs = [process.communicate(timeout=60) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    assert sorted(len(out.splitlines()) for out, _ in outputs) == [0, 6]  # one read the files, one waited
+def test_two_processes_at_once_pack_once(folder, tmp_path):
+    def pack(name: str, *stops) -> int:
+        def main() -> None:
+            steps = tmp_path / f"{name}.steps"
+            steps.touch()
+            watch(folder, lambda step, path: steps.write_text(f"{steps.read_text()}{step} {path}\n"))
+            stop_when(folder, *stops)
+            open_store(folder)
+
+        return start(main, [], tmp_path / "log")
+
+    first = pack("first", lambda: any(name.startswith(".PACKED-") for name in packs(folder)))
+    wait_until_stopped(first)
+    second = pack("second", lambda: True, lambda: True)
+    wait_until_stopped(second)
+    os.kill(second, signal.SIGCONT)
+    wait_until_stopped(second)  # at its second attempt to get the lock
+    assert (tmp_path / "second.steps").read_text() == "write .PACKED.lock\n" * 2
+    for pid in (first, second):
+        os.kill(pid, signal.SIGCONT)
+        assert wait(pid) == 0, (tmp_path / "log").read_text()
+    read = [(tmp_path / f"{name}.steps").read_text().count("read DATA/") for name in ("first", "second")]
+    assert read == [2 * len(IDS), 0]  # one read the files, one waited
     check(open_store(folder), folder)
 
 

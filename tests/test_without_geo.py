@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.folders import write_folder
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 GEO = ("rasterio", "geopandas", "pyogrio", "shapely", "pyproj", "pyarrow", "dask", "distributed")
@@ -18,7 +19,7 @@ def run_without(module: str, arguments: str) -> subprocess.CompletedProcess:
         f"import runpy, sys; sys.modules |= dict.fromkeys({GEO}); sys.argv = ['', *{shlex.split(arguments)}]; "
         f"runpy.run_module('preprocessing.{module}', run_name='__main__')"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from learning.results import CONFUSION, save_overall
 from learning.safe_pickle import load_arrays
 from models.weights import CHECKPOINT
 from tests.folders import NOMENCLATURE, write_folder, write_meta
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
 STATISTICS = "S2-2017-T31TFM-meanstd.pkl"
@@ -809,6 +810,6 @@ def test_commands(folder, tmp_path, arguments, words):
     places = {"folder": folder, "out": tmp_path / "out"}
     script, *rest = (argument.format(**places) for argument in arguments)
     command = [sys.executable, ROOT / script, *rest]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     check_refusal((found.returncode, found.stdout, found.stderr), words)
     assert not list(tmp_path.rglob("Fold_*"))
