@@ -11,7 +11,11 @@ from sklearn.model_selection import KFold
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from learning.draws import (
+from common.errors import UserError
+from common.machine import map_tensors
+from common.threads import share
+from data.batch import Series
+from data.draws import (
     add_noise,
     choose_pixels,
     noise_places,
@@ -20,11 +24,7 @@ from learning.draws import (
     stream_key,
     uniform_values,
 )
-from learning.errors import UserError
-from learning.runtime import map_tensors
-from models.series import Series
-from models.threads import share
-from preprocessing.metadata import (
+from data.metadata import (
     Arrays,
     check_norm,
     read_days,
@@ -34,9 +34,9 @@ from preprocessing.metadata import (
     read_norm,
     season_start_before,
 )
-from preprocessing.moments import NORM, PUBLISHED_NORM
-from preprocessing.settings import EXTRA_FEATURE, DataSettings
-from preprocessing.store import check_folder, find_missing, list_parcels, open_store
+from data.moments import NORM, PUBLISHED_NORM
+from data.settings import EXTRA_FEATURE, DataSettings
+from data.store import check_folder, find_missing, list_parcels, open_store
 
 PARCELS_PER_PART = 32  # a batch is prepared in parts that stay in the cache
 UNKNOWN = -1  # target of a parcel without a label among the classes
@@ -45,11 +45,11 @@ UNKNOWN = -1  # target of a parcel without a label among the classes
 class PixelSetData(Dataset):
     """Parcels as sets of pixels with a time series each (Garnot et al., CVPR 2020, section 4.1).
 
-    On first use the folder is checked and packed (`preprocessing/store.py`). Every access draws npixel pixels of a
+    On first use the folder is checked and packed (`data/store.py`). Every access draws npixel pixels of a
     parcel, and jitter, anew from torch's generator; `epoch_draws` and `evaluation` give draws that can be repeated.
 
     Where parcels have dates of their own, or observations are missing, the dataset is `varying`: its batches are
-    `models.series.Series`, in which pixels and dates that are missing are masked, and dates are in order.
+    `data.batch.Series`, in which pixels and dates that are missing are masked, and dates are in order.
 
     Args:
         folder: dataset folder with DATA/<id>.npy (T, C, S), META/labels.json, META/dates.json and META/<extra>.json.

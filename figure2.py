@@ -8,7 +8,7 @@ A configuration is trained by train.py in R/ARCHITECTURE/SIZE. One that is finis
 goes on where it stopped. figure2.csv and figure2.png are made anew after each.
 """
 
-import learning  # isort: skip  # noqa: F401  # before torch, see there
+import common  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
 import os
@@ -21,8 +21,12 @@ import torch
 from filelock import FileLock, Timeout
 
 import train
+from common.errors import UserError, run_cli
+from common.files import write_json
 from common.flags import Parser, positive
-from learning.comparison import (
+from learning.checkpoints import check_typed_settings
+from learning.results import CONFIG, prepare_output
+from reports.figure2 import (
     PICTURE,
     TABLE,
     TIME,
@@ -31,10 +35,6 @@ from learning.comparison import (
     is_finished,
     read_seconds,
 )
-from learning.errors import UserError, run_cli
-from learning.files import write_json
-from learning.results import CONFIG, prepare_output
-from learning.resume import check_typed_settings
 
 OWN_FLAGS = ("--preset", "--overwrite", "--tae", "--gru", "--tcnn")
 

@@ -1,6 +1,6 @@
 """Predicts the class of every parcel of a dataset with trained weights, of one fold or of all together."""
 
-import learning  # isort: skip  # noqa: F401  # before torch, see there
+import common  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
 from dataclasses import replace
@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, natural, positive, seed
+from common.machine import count_workers, describe_device, keep_freed_memory
+from data.classes import read_class_names
+from data.metadata import read_info, read_nomenclature
+from data.settings import EXTRA_FEATURE
 from dataset import (
     UNKNOWN,
     BatchSampler,
@@ -18,11 +23,7 @@ from dataset import (
     batch_loader,
     find_norm,
 )
-from learning.attention import PICTURES, choose_bands, mean_attention, write_attention
 from learning.distributed import is_main, join_ranks, main_first, together
-from learning.errors import UserError, as_user_error, run_cli
-from learning.export import export_run
-from learning.maps import check_picture, match_outlines, write_map
 from learning.options import (
     DataShape,
     add_architecture_options,
@@ -34,15 +35,14 @@ from learning.options import (
 from learning.predictions import TABLE, place_of_fold, predict, report, restore_folds, score_batches
 from learning.results import CONFIG, prepare_output
 from learning.run import Run, open_run, published_run
-from learning.runtime import count_workers, describe_device, keep_freed_memory
 from models.architecture import Architecture, read_preset
 from models.ensemble import Ensemble
 from models.weights import choose_folds
-from preprocessing.classes import read_class_names
-from preprocessing.metadata import read_info, read_nomenclature
 from preprocessing.parcels import OUTLINES, read_outlines
-from preprocessing.settings import EXTRA_FEATURE
 from preprocessing.simulate import embedded_dataset
+from reports.attention import PICTURES, choose_bands, mean_attention, write_attention
+from reports.export import export_run
+from reports.maps import check_picture, match_outlines, write_map
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame

@@ -1,6 +1,6 @@
 """Trains a classifier by k-fold cross-validation and writes metrics, confusion matrices and weights per fold."""
 
-import learning  # isort: skip  # noqa: F401  # before torch, see there
+import common  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
 import platform
@@ -13,14 +13,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common.errors import UserError, run_cli
+from common.files import remove_unfinished, write_json
 from common.flags import Parser, fraction, natural, non_negative, parse_month_day, positive, seed
+from common.machine import count_workers, describe_device, keep_freed_memory, set_seeds
+from common.progress import Clock, format_scores, format_time
+from data.classes import read_class_names
+from data.draws import stream_key
+from data.folds import read_folds, read_parts
+from data.metadata import choose_nomenclature, read_info
+from data.settings import EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
+from data.store import check_folder
 from dataset import BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm, fold_splits
 from learning.calibration import CALIBRATION, Calibration
+from learning.checkpoints import (
+    FoldProgress,
+    Log,
+    check_same_settings,
+    check_typed_settings,
+    data_key,
+    finished_folds,
+    resumable,
+)
 from learning.distributed import RankBatches, is_main, join_ranks, main_first, rank, together
-from learning.draws import stream_key
 from learning.engine import evaluation, train_epoch
-from learning.errors import UserError, run_cli
-from learning.files import remove_unfinished, write_json
 from learning.focal_loss import FocalLoss
 from learning.options import (
     DataShape,
@@ -30,9 +46,6 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.plots import plot_confusion, plot_training
-from learning.progress import Clock, format_scores, format_time
-from learning.report import write_report
 from learning.results import (
     CONFIG,
     fold_folder,
@@ -43,26 +56,13 @@ from learning.results import (
     save_overall,
     save_test,
 )
-from learning.resume import (
-    FoldProgress,
-    Log,
-    check_same_settings,
-    check_typed_settings,
-    data_key,
-    finished_folds,
-    resumable,
-)
 from learning.run import Run, Training
-from learning.runtime import count_workers, describe_device, keep_freed_memory, set_seeds
 from learning.weight_init import freeze_idle_biases, weight_init
 from models.architecture import read_preset
-from models.ranks import n_ranks, share_statistics
-from preprocessing.classes import read_class_names
-from preprocessing.folds import read_folds, read_parts
-from preprocessing.metadata import choose_nomenclature, read_info
-from preprocessing.settings import EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
+from models.batchnorm import n_ranks, share_statistics
 from preprocessing.simulate import embedded_dataset
-from preprocessing.store import check_folder
+from reports.plots import plot_confusion, plot_training
+from reports.report import write_report
 
 CURVES, MATRIX = "training_curves.png", "confusion_matrix.png"
 

@@ -18,11 +18,11 @@ import torch
 from benchmarks.cases import DEFAULT, LARGEST, N_CHANNELS, Sides, evaluate, infer, load, step, train
 from benchmarks.dates import print_dates_table
 from benchmarks.measure import CELLS, Cell, Worker, copy_rate, count_flops, gemm_rate, measure, peak_memory
+from common.errors import run_cli
 from common.flags import Parser, positive
-from learning.errors import run_cli
-from preprocessing.seasons import DATES
-from preprocessing.settings import NPIXEL
+from data.settings import NPIXEL
 from preprocessing.simulate import simulate
+from preprocessing.simulation.seasons import DATES
 
 USUAL: tuple[Cell, ...] = ((True, "fast"), (False, "textbook"))  # each side as its scripts run it
 MAX_PIXELS = 128  # of the simulated parcels, twice as many as are drawn

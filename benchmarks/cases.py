@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.plain import PlainClassifier, PlainPixelSets
+from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
 from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.weight_init import weight_init
 from models.architecture import read_preset
 from models.stclassifier import PseLTae
-from preprocessing.fields import QUANTILES, SIZES
-from preprocessing.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
+from preprocessing.simulation.fields import QUANTILES, SIZES
 
 Sides = dict[str, Callable[[], object]]
 SIDES = ("fast", "textbook")

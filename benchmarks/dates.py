@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.cases import CPU, DEFAULT, JITTER, N_CHANNELS, N_CLASSES, N_EXTRA, Sides, draw_sizes
 from benchmarks.measure import Worker, measure
+from data.batch import Series
+from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
 from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
@@ -20,9 +22,7 @@ from learning.weight_init import weight_init
 from models.architecture import read_preset
 from models.layers import DAYS
 from models.pse import PixelSet
-from models.series import Series
 from models.stclassifier import PseLTae
-from preprocessing.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
 from preprocessing.simulate import simulate
 
 

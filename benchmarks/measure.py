@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import SIDES, Sides
-from learning.runtime import keep_freed_memory
+from common.machine import keep_freed_memory
 
 Cell = tuple[bool, str]  # whether freed memory is kept, and the side
 CELLS: tuple[Cell, ...] = tuple((keep, side) for keep in (True, False) for side in SIDES)

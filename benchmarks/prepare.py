@@ -22,9 +22,9 @@ import rasterio.mask
 from rasterio.transform import from_origin
 from shapely import Point, affinity
 
+from common.errors import run_cli
 from common.flags import Parser
-from learning.errors import run_cli
-from learning.progress import progress_bar
+from common.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 C, CRS, LEFT, TOP = 10, "EPSG:32631", 300_000, 4_900_000

@@ -9,13 +9,13 @@ import numpy as np
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.metrics import confusion_matrix
 
+from common.errors import run_cli
 from common.flags import Parser, natural, parse_list, positive
+from common.progress import progress_bar
+from data.settings import LABELS
 from dataset import PixelSetData, fold_splits
-from learning.errors import run_cli
 from learning.metrics import accuracy, mean_iou
 from learning.options import choose_classes
-from learning.progress import progress_bar
-from preprocessing.settings import LABELS
 from preprocessing.simulate import embedded_dataset
 
 

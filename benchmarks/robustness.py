@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from common.errors import run_cli
 from common.flags import Parser, positive
+from common.machine import keep_freed_memory, set_seeds
+from common.progress import progress_bar
+from data.draws import stream_key
+from data.metadata import Arrays
+from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS
 from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
-from learning.draws import stream_key
 from learning.engine import evaluation, train_epoch
-from learning.errors import run_cli
 from learning.focal_loss import FocalLoss
 from learning.metrics import accuracy, mean_iou
 from learning.options import DataShape, resolve_architecture
-from learning.progress import progress_bar
-from learning.runtime import keep_freed_memory, set_seeds
 from learning.weight_init import freeze_idle_biases, weight_init
 from models.architecture import read_preset
-from preprocessing.metadata import Arrays
-from preprocessing.seasons import PUBLISHED_YEAR
-from preprocessing.settings import CLASSES_20, EXTRA_FEATURE, LABELS
 from preprocessing.simulate import simulate
+from preprocessing.simulation.seasons import PUBLISHED_YEAR
 
 CPU = torch.device("cpu")
 MAX_PIXELS, BATCH_SIZE, LEARNING_RATE = 40, 32, 0.001

@@ -1,11 +1,1 @@
-"""Loss, metrics, initialisation, and what the two scripts share: options, loops, results, figures."""
-
-import os
-
-# OpenMP's threads that spin while they wait slow a step down several times when another process uses a core, and keep
-# those of models/threads.py from theirs. Some 20 microseconds of it, until the next operation, do little harm and save
-# waking up: of GNU's OpenMP, which PyTorch has on Linux, a count of rounds. OpenMP reads this when torch is imported,
-# so a script imports this package first.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+"""Loss, metrics, initialisation, training, runs and their results."""

@@ -1,6 +1,6 @@
 """Several processes, started by torchrun, that train or predict together; without torchrun there is one.
 
-In training, every process takes a part of each batch; batch statistics (`models/ranks.py`), gradients and scores are
+In training, every process takes a part of each batch; batch statistics (`models/batchnorm.py`), gradients and scores are
 those of the whole batch. In evaluation, every process takes some of the batches. The first process alone writes and
 prints.
 """
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from learning.errors import UserError
-from learning.runtime import choose_device
-from models.ranks import n_ranks
+from common.errors import UserError
+from common.machine import choose_device
+from models.batchnorm import n_ranks
 
 if TYPE_CHECKING:
     from dataset import BatchSampler

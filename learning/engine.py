@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchnet.meter import AverageValueMeter
 
+from common.errors import UserError
+from common.machine import recursive_todevice
+from common.progress import progress_bar
+from data.batch import Series
 from learning.calibration import Calibration
 from learning.distributed import add_up, backward, copy_from_first, is_main, leaves_to_first
-from learning.errors import UserError
 from learning.metrics import accuracy, mean_iou
-from learning.progress import progress_bar
-from learning.runtime import recursive_todevice
-from models.ranks import alone
-from models.series import Series
+from models.batchnorm import alone
 
 
 class Scores:

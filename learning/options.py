@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError, as_user_error
 from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
-from learning.errors import UserError, as_user_error
+from data.settings import CLASSES_20, LABELS, NPIXEL
 from models.architecture import Architecture, Size, chosen_encoder, default_settings, flags, known_encoders
-from preprocessing.settings import CLASSES_20, LABELS, NPIXEL
 
 if TYPE_CHECKING:
     from dataset import PixelSetData

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.errors import as_user_error
+from common.files import write_bytes
+from common.machine import count_workers, recursive_todevice
+from common.progress import progress_bar
 from dataset import UNKNOWN, BatchSampler, PixelSetData, batch_loader, fold_splits
 from learning.distributed import RankBatches, gather_rows, is_main, rank
-from learning.errors import as_user_error
-from learning.files import write_bytes
 from learning.metrics import accuracy, confusion_matrix, mean_iou
-from learning.progress import progress_bar
 from learning.results import to_npy
-from learning.runtime import count_workers, recursive_todevice
+from models.batchnorm import n_ranks
 from models.ensemble import Ensemble
-from models.ranks import n_ranks
 
 PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from learning.errors import UserError, as_user_error
-from learning.files import write_bytes, write_json
+from common.arrays import load_arrays
+from common.errors import UserError, as_user_error
+from common.files import write_bytes, write_json
 from learning.metrics import confusion_matrix_analysis
-from learning.safe_pickle import load_arrays
 
 CONFIG, NORMALISATION, OVERALL, PER_CLASS = "conf.json", "normalisation.npz", "overall.json", "per_class.json"
 TRAINLOG, TEST_METRICS, CONFUSION = "trainlog.json", "test_metrics.json", "conf_mat.pkl"

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from common.errors import UserError, as_user_error
+from common.files import read_json
+from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
-from learning.errors import UserError, as_user_error
-from learning.files import read_json
 from learning.options import DataShape, resolve_architecture
 from learning.predictions import score_batches
 from learning.results import CONFIG, NORMALISATION, load_normalisation
 from models.architecture import Architecture, default_settings, flags, known_encoders
 from models.ensemble import Ensemble, load_members
 from models.stclassifier import PseClassifier
-from preprocessing.settings import CLASSES_20, DataSettings
 
 # The dates of Sentinel2-Agri, as days since the first, and what else its published weights were trained on.
 PUBLISHED_DAYS = (

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import models
-from learning.errors import UserError, as_user_error
-from learning.files import read_json
+from common.errors import UserError, as_user_error
+from common.files import read_json
 from models.layers import DAYS
 
 if TYPE_CHECKING:

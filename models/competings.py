@@ -131,9 +131,7 @@ class TempConv(nn.Module):
         """
         if self.grid is not None:
             if days is None:
-                raise ValueError(
-                    "this TempCNN interpolates to a grid of days; give it a models.series.Series."
-                )
+                raise ValueError("this TempCNN interpolates to a grid of days; give it a data.batch.Series.")
             x, days = interpolate(x, days, present, self.grid), None
         check_all_dates(x, None if self.grid is not None else present, self.seq_len)
         if self.position_enc is not None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.batch import Series
 from models.pse import PixelSet, split_input
-from models.series import Series
 from models.weights import choose_folds, load_weights, read_checkpoint
 
 

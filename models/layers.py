@@ -55,7 +55,7 @@ class PositionalTable(nn.Module):
             different, index = torch.unique(days, return_inverse=True)  # many parcels share a day
             return x + self.encode(different).to(x.dtype).index_select(0, index.flatten()).view_as(x)
         if self.weight is None:
-            raise ValueError("this model computes positions from days; give it a models.series.Series.")
+            raise ValueError("this model computes positions from days; give it a data.batch.Series.")
         rows = self.weight[self.first_row : self.first_row + x.shape[1]]
         if len(rows) < x.shape[1]:
             raise ValueError(f"the series has {x.shape[1]} dates but the model was made for {len(rows)}.")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.fused import pool_mean_std
+from models.fast.pooling import pool_mean_std
 from models.layers import mlp
 
 PixelSet = tuple[Tensor, Tensor] | tuple[tuple[Tensor, Tensor], Tensor]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.batch import Series, present_first
 from models import competings, ltae, tae
 from models.architecture import Architecture, register
 from models.competings import GRU, TempConv
@@ -15,7 +16,6 @@ from models.ensemble import Ensemble, load_members
 from models.layers import Positions, trainable_parameters
 from models.ltae import LTAE
 from models.pse import PixelSet, PixelSetEncoder
-from models.series import Series, present_first
 from models.tae import TemporalAttentionEncoder
 
 

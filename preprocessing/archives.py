@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from learning.errors import UserError
-from learning.progress import progress_bar
+from common.errors import UserError
+from common.progress import progress_bar
 
 MOST_GROWTH = 50  # times the archive's size; pixels do not shrink more than that
 MOST_BASE = 2**27  # bytes that even a small archive may hold

@@ -17,9 +17,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import UserError, run_cli
 from common.flags import Parser
-from learning.errors import UserError, run_cli
-from learning.progress import progress_bar
+from common.progress import progress_bar
 from learning.results import prepare_output
 from preprocessing.archives import is_archive, unpack
 

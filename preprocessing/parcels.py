@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from learning.errors import UserError
+from common.errors import UserError
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -41,7 +41,7 @@ def read_outlines(path: str | Path, id_column: str = "id") -> GeoDataFrame:
         UserError: saying what of this the file lacks.
     """
     require_geo()
-    from preprocessing.outlines import read_parcels
+    from preprocessing.images.outlines import read_parcels
 
     table = read_parcels(path, id_column=id_column, skip_invalid=True).table
     if "parcel" in table:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.errors import UserError, as_user_error, run_cli
+from common.files import write_bytes, write_json
 from common.flags import Parser, positive
-from learning.errors import UserError, as_user_error, run_cli
-from learning.files import write_bytes, write_json
 
 LEFT_OUT = "left_out.csv"
 
@@ -97,9 +97,9 @@ def main() -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder; name a new one or remove it.")
     with as_user_error(ImportError, prefix="preparing images needs the packages of requirements-geo.txt: "):
-        from preprocessing.grids import place_images
-        from preprocessing.images import find_images
-        from preprocessing.outlines import read_parcels
+        from preprocessing.images.grids import place_images
+        from preprocessing.images.outlines import read_parcels
+        from preprocessing.images.scenes import find_images
     images, bands = find_images(args.images, args.bands, args.cloud_mask)
     grids = place_images(images)
     parcels = read_parcels(
@@ -137,10 +137,10 @@ def _prepare(
     args: argparse.Namespace, output: Path, work: Path, grids: list, bands: list[str], parcels: object
 ) -> None:
     """Writes the dataset in the working folder, from where it is renamed."""
-    from preprocessing.extract import choose_reading, extract, read_pixels
-    from preprocessing.layout import lay_out
-    from preprocessing.pixelsets import check_overlap, check_room, select, write_dataset
-    from preprocessing.workers import open_workers
+    from preprocessing.images.extract import choose_reading, extract, read_pixels
+    from preprocessing.images.layout import lay_out
+    from preprocessing.images.pixelsets import check_overlap, check_room, select, write_dataset
+    from preprocessing.images.workers import open_workers
 
     images = [image for grid in grids for image in grid.images]
     reading = choose_reading(images, args.nodata, args.clear or (), args.scale)

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from learning.errors import UserError, as_user_error, run_cli
-from learning.progress import progress_bar
-from preprocessing.crops import BANDS, CROPS, C
-from preprocessing.fields import FIRST_PARCELS, simulate_parcel
-from preprocessing.seasons import (
+from common.errors import UserError, as_user_error, run_cli
+from common.progress import progress_bar
+from preprocessing.simulation.crops import BANDS, CROPS, C
+from preprocessing.simulation.fields import FIRST_PARCELS, simulate_parcel
+from preprocessing.simulation.seasons import (
     PUBLISHED,
     PUBLISHED_YEAR,
     T,
@@ -205,7 +205,7 @@ def main() -> None:
             if getattr(args, name) not in (None, False):
                 raise UserError(f"--{name} has no meaning with --rasters; leave one of them out.")
         with as_user_error(ImportError, prefix="--rasters needs the packages of requirements-geo.txt: "):
-            from preprocessing.rasters import simulate_rasters
+            from preprocessing.simulation.rasters import simulate_rasters
         simulate_rasters(args.out, args.parcels, args.seed)
         print(
             f"{args.out}: {args.parcels} simulated parcels, {T} images of {C} bands and a cloud mask; no real data"

@@ -20,16 +20,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.model_selection import StratifiedGroupKFold
 
+from common.errors import UserError, run_cli
+from common.files import write_bytes
 from common.flags import Parser, non_negative, positive
 from common.flags import seed as parse_seed
-from learning.cartography import PALETTE, fill, frame_panel, outline_paths
-from learning.errors import UserError, run_cli
-from learning.files import write_bytes
+from data.metadata import read_nomenclatures
+from data.settings import LABELS
+from data.store import check_folder
 from learning.results import save_figure
-from preprocessing.metadata import read_nomenclatures
 from preprocessing.parcels import OUTLINES, read_outlines, to_ground
-from preprocessing.settings import LABELS
-from preprocessing.store import check_folder
+from reports.cartography import PALETTE, fill, frame_panel, outline_paths
 
 if TYPE_CHECKING:
     from geopandas import GeoSeries

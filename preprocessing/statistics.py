@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError, as_user_error, run_cli
+from common.files import write_json
 from common.flags import Parser
-from learning.errors import UserError, as_user_error, run_cli
-from learning.files import write_json
-from learning.progress import progress_bar
-from preprocessing.metadata import read_info
-from preprocessing.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
+from common.progress import progress_bar
+from data.metadata import read_info
+from data.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
+from data.store import check_folder, find_missing
 from preprocessing.parcels import read_outlines
-from preprocessing.store import check_folder, find_missing
 
 Shapes = dict[Path, tuple[int, int, int]]
 
@@ -115,7 +115,7 @@ def geometrical_features(path: Path, sizes: dict[str, int]) -> dict[str, list[fl
         UserError: if an outline is missing, or the geographic libraries are.
     """
     table = read_outlines(path)
-    from preprocessing.outlines import features, to_metres
+    from preprocessing.images.outlines import features, to_metres
 
     missing = set(sizes) - set(table["id"].astype(str))
     if missing:

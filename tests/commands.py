@@ -9,7 +9,7 @@ import pytest
 
 import inference
 import train
-from learning.errors import run_cli
+from common.errors import run_cli
 
 
 def run_command(main: Callable[[], None], command: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401  # the first step of an optimiser imports it: once here, not once per child
 
-from learning.errors import run_cli
+from common.errors import run_cli
 
 PATIENCE = 600  # seconds; no test needs as many, a process that hangs is ended then
 _children: set[int] = set()
@@ -126,7 +126,9 @@ def watch(folder: Path, act: Callable[[str, str], None]) -> None:
         if isinstance(path, int) or path is None:
             return
         path = os.fsdecode(path)
-        if directory is not None and args[directory] >= 0:  # relative to an open folder, as shutil.rmtree does it
+        if (
+            directory is not None and args[directory] >= 0
+        ):  # relative to an open folder, as shutil.rmtree does it
             path = os.path.join(os.readlink(f"/proc/self/fd/{args[directory]}"), path)
         path = os.path.abspath(path)
         if path.startswith(root):
@@ -233,7 +235,9 @@ def kill_at_every_stage(
         assert status == -signal.SIGKILL, log.read_text()
         killed.append(note.read_text())
         note.unlink()
-        assert len(set(killed)) == len(killed) < 2000  # names that differ from run to run would give ever more
+        assert (
+            len(set(killed)) == len(killed) < 2000
+        )  # names that differ from run to run would give ever more
 
 
 # What differs from process to process in names of temporary files and folders: a number, or eight letters.

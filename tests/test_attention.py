@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from dataset import BatchSampler, PixelSetData, batch_loader
-from learning.attention import bin_starts, choose_bands, first_day, mean_attention
-from learning.errors import UserError
-from learning.plots import cell_edges
 from models.stclassifier import Ensemble, PseGru, PseLTae, PseLTae_pretrained
+from reports.attention import bin_starts, choose_bands, first_day, mean_attention
+from reports.plots import cell_edges
 from tests.commands import run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import train
+from common.machine import map_tensors
 from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
-from learning import attention
+from learning.checkpoints import STATE
 from learning.engine import train_epoch
 from learning.focal_loss import FocalLoss
 from learning.options import DataShape, resolve_architecture
-from learning.resume import STATE
-from learning.runtime import map_tensors
 from learning.weight_init import weight_init
+from reports import attention
 from tests.commands import run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 from tests.pretend_cuda import CUDA, ROOM, Log, PretendTensor, pretend_cuda

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader
 
+from common.errors import UserError
 from dataset import (
     BatchSampler,
     PixelSetData,
@@ -20,7 +21,6 @@ from dataset import (
     find_norm,
     fold_splits,
 )
-from learning.errors import UserError
 from tests import golden_numbers as golden
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 

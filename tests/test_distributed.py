@@ -13,11 +13,11 @@ from torch import nn
 
 import inference
 import train
+from common.arrays import load_arrays
 from dataset import fold_splits
 from learning import predictions
+from learning.checkpoints import FoldProgress
 from learning.distributed import rank, together
-from learning.resume import FoldProgress
-from learning.safe_pickle import load_arrays
 from learning.weight_init import freeze_idle_biases
 from models.stclassifier import PseTae
 from tests.folders import write_folder
@@ -155,7 +155,10 @@ def test_a_killed_process_ends_all_and_others_go_on(folders: dict[str, Path], tm
         train_first_fold()
 
     pids = start_ranks(
-        together(main), ["--dataset_folder", str(folders["fixed"]), "--res_dir", str(res_dir), *options], log, 3
+        together(main),
+        ["--dataset_folder", str(folders["fixed"]), "--res_dir", str(res_dir), *options],
+        log,
+        3,
     )
     statuses = [wait(pid) for pid in pids]
     assert statuses[0] == 2 and statuses[1] == -signal.SIGKILL and statuses[2] != 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from learning.errors import UserError
+from common.errors import UserError
 from preprocessing import archives, download
 from preprocessing.archives import unpack
 from preprocessing.download import RECORDS, next_step
@@ -173,7 +173,10 @@ def test_killed_at_every_stage(service: Service, tmp_path: Path) -> None:
                 download.download("weights", folder, service.url)
                 return
             except UserError as error:
-                named, found = re.fullmatch(r"(.*) exists already; remove it .*", str(error), re.S), {"run", "other"}
+                named, found = (
+                    re.fullmatch(r"(.*) exists already; remove it .*", str(error), re.S),
+                    {"run", "other"},
+                )
                 assert named and Path(named[1]).parent == folder and Path(named[1]).name in found, error
                 shutil.rmtree(named[1])
 
@@ -183,7 +186,9 @@ def test_killed_at_every_stage(service: Service, tmp_path: Path) -> None:
     assert found == expected
     for name in ("big.bin", "w.tar.gz"):
         assert {f"write .{name}.part", f"within .{name}.part", f"rename {name}"} <= set(killed)
-    unpacked = {f"{step} .unpacking-*/{name}" for name in (*WEIGHTS, "other/a.txt") for step in ("write", "within")}
+    unpacked = {
+        f"{step} .unpacking-*/{name}" for name in (*WEIGHTS, "other/a.txt") for step in ("write", "within")
+    }
     assert unpacked | {"rename run", "rename other", "write .w.tar.gz.unpacked"} <= set(killed)
     assert "remove w.tar.gz anew" in killed
 

@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from learning import draws
-from learning.draws import add_noise, choose_pixels, noise_places, noise_values, parcel_keys, stream_key
+from data import draws
+from data.draws import add_noise, choose_pixels, noise_places, noise_values, parcel_keys, stream_key
 
 BITS = 2**64 - 1
 IMPROBABLE = 1e-6  # the draws are fixed, so a test that passes once always does

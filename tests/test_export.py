@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from data.batch import Series
+from data.settings import CLASSES_20
 from dataset import PixelSetData
-from learning.export import Exported, check_export
 from learning.results import load_normalisation
 from learning.run import open_run
 from models.ensemble import Ensemble
-from models.series import Series
 from models.stclassifier import PseLTae
-from preprocessing.settings import CLASSES_20
+from reports.export import Exported, check_export
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder, write_meta
 

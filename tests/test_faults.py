@@ -14,15 +14,15 @@ from torch.utils.data import get_worker_info
 
 import inference
 import train
+from common.errors import UserError
+from common.files import write_bytes
+from data.store import open_store
 from dataset import PixelSetData
 from learning import predictions
+from learning.checkpoints import STATE
 from learning.distributed import together
-from learning.errors import UserError
-from learning.files import write_bytes
 from learning.results import TRAINLOG
-from learning.resume import STATE
 from models.weights import CHECKPOINT, read_checkpoint
-from preprocessing.store import open_store
 from tests.commands import run_train
 from tests.folders import write_folder
 from tests.processes import start, stop_when, wait, wait_until_stopped
@@ -155,7 +155,12 @@ def test_a_loading_process_that_dies(folder: Path, tmp_path: Path) -> None:
         train.count_workers = lambda asked: 1
         train.main()
 
-    check_end(start_training(folder, tmp_path / "res", main), tmp_path / "res", "a loading process ended", "--resume")
+    check_end(
+        start_training(folder, tmp_path / "res", main),
+        tmp_path / "res",
+        "a loading process ended",
+        "--resume",
+    )
 
 
 def test_a_loss_that_is_not_finite(folder: Path, tmp_path: Path) -> None:

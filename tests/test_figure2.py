@@ -12,8 +12,13 @@ from filelock import FileLock
 
 import figure2
 import train
-from learning import comparison
-from learning.comparison import (
+from common.files import read_json
+from data.settings import CLASSES_20, DataSettings
+from learning.options import resolve_architecture
+from learning.run import AGRI, PUBLISHED_DAYS, Run
+from models.architecture import Architecture, read_preset
+from reports import figure2 as comparison
+from reports.figure2 import (
     Row,
     all_configurations,
     is_sentinel_agri,
@@ -21,11 +26,6 @@ from learning.comparison import (
     plot,
     published_curves,
 )
-from learning.files import read_json
-from learning.options import resolve_architecture
-from learning.run import AGRI, PUBLISHED_DAYS, Run
-from models.architecture import Architecture, read_preset
-from preprocessing.settings import CLASSES_20, DataSettings
 from tests.commands import run_command
 from tests.folders import write_folder, write_meta
 

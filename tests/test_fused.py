@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import fused
+from models.fast import pooling as fused
 from models.pse import PixelSetEncoder
 
 EXACT = 1e-10  # float64, as a share of the largest entry

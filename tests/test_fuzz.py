@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 import torch
 
+from common.arrays import load_arrays
+from data.folds import read_parts
+from data.metadata import read_norm
 from dataset import PixelSetData, find_norm
+from learning.checkpoints import STATE, FoldProgress, finished_folds
 from learning.results import load_normalisation, save_normalisation, save_overall
-from learning.resume import STATE, FoldProgress, finished_folds
 from learning.run import read_run
-from learning.safe_pickle import load_arrays
 from models.weights import load_weights, read_checkpoint
-from preprocessing.folds import read_parts
-from preprocessing.metadata import read_norm
 from tests.commands import run_train
 from tests.folders import NOMENCLATURE, write_folder
 from tests.processes import start, wait

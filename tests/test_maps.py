@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import inference
-from learning.cartography import PALETTE, outline_paths, scale_length
-from learning.errors import UserError
-from learning.maps import DARK, GREY, class_colours, match_outlines, plot_map, write_map
+from common.errors import UserError
 from preprocessing.parcels import read_outlines, to_ground
+from reports.cartography import PALETTE, outline_paths, scale_length
+from reports.maps import DARK, GREY, class_colours, match_outlines, plot_map, write_map
 from tests.commands import run_command, run_inference, run_train
 from tests.folders import write_folder, write_meta
 

@@ -35,7 +35,8 @@ from tests.rasters import (
 
 # isort: split
 # After the packages are known to be there.
-from preprocessing import extract, grids, layout, pixelsets, prepare, statistics, workers
+from preprocessing import prepare, statistics
+from preprocessing.images import extract, grids, layout, pixelsets, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 DAYS = ("20170103", "2017-02-14", "20170520")
@@ -442,7 +443,9 @@ def test_killed_at_every_stage(tmp_path):
     write_parcels(tmp_path / "parcels.gpkg", difficult_outlines(), crop=["wheat", "maize"] * 4)
     results = tmp_path / "results"
     results.mkdir()
-    line = f"--images {tmp_path / 'images'} --parcels {tmp_path / 'parcels.gpkg'} --label_column crop --output "
+    line = (
+        f"--images {tmp_path / 'images'} --parcels {tmp_path / 'parcels.gpkg'} --label_column crop --output "
+    )
 
     def main() -> None:
         """Steps that other packages take, in threads or by themselves, are told to those who watch."""
@@ -473,7 +476,9 @@ def test_killed_at_every_stage(tmp_path):
         expected, found = contents(tmp_path / "whole"), contents(output)
         assert expected.keys() == found.keys()
         assert [name for name in expected if expected[name] != found[name] and name != outlines] == []
-        assert geopandas.read_file(output / outlines).equals(geopandas.read_file(tmp_path / "whole" / outlines))
+        assert geopandas.read_file(output / outlines).equals(
+            geopandas.read_file(tmp_path / "whole" / outlines)
+        )
 
     outlines = "META/parcels.gpkg"  # holds the time of its writing
     killed = kill_at_every_stage(main, [*line.split(), str(output)], results, tmp_path / "log", before)
@@ -482,9 +487,13 @@ def test_killed_at_every_stage(tmp_path):
     stages = [re.sub(r"\.killed-\w+", "work", stage) for stage in killed]
     for date in (20170103, 20170214, 20170520):
         assert sum(stage.startswith(f"read block {date} ") for stage in stages) == 4
-        assert {f"{step} work/0-{date}.{kind}" for step, kind in (("write", "part"), ("rename", "npy"))} <= set(stages)
+        assert {
+            f"{step} work/0-{date}.{kind}" for step, kind in (("write", "part"), ("rename", "npy"))
+        } <= set(stages)
     for name in contents(output):
-        assert any(stage.startswith(("write", "rename")) and f"work/complete/{name}" in stage for stage in stages), name
+        assert any(
+            stage.startswith(("write", "rename")) and f"work/complete/{name}" in stage for stage in stages
+        ), name
         assert any(stage.startswith("within work/complete/") for stage in stages), name
     assert {"rename killed", "write .killed.lock"} <= set(stages)
 

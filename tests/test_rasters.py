@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from preprocessing import simulate
-from preprocessing.crops import CROPS, TYPICAL
-from preprocessing.seasons import DATES
+from preprocessing.simulation.crops import CROPS, TYPICAL
+from preprocessing.simulation.seasons import DATES
 from tests.commands import run_command
 from tests.rasters import geopandas, rasterio
 

@@ -59,7 +59,12 @@ def run_anew(words: list[str], folder: Path) -> str:
     """The same by a Python of its own."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -69,7 +74,9 @@ def run_anew(words: list[str], folder: Path) -> str:
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a dataset in it, where commands run."""
     folder = tmp_path_factory.mktemp("clone")
-    run(shlex.split("-m preprocessing.simulate path/to/dataset --parcels 120 --seed 3 --max_pixels 8"), folder)
+    run(
+        shlex.split("-m preprocessing.simulate path/to/dataset --parcels 120 --seed 3 --max_pixels 8"), folder
+    )
     return folder
 
 
@@ -123,12 +130,16 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 
         def main() -> None:
             measure.get_context = lambda kind: multiprocessing.get_context("fork")
-            measure.Worker.close = lambda self: self._process.kill()  # forked, it would not see the end of its pipe
+            measure.Worker.close = lambda self: (
+                self._process.kill()
+            )  # forked, it would not see the end of its pipe
             measure.run_time = run_once
             benchmark.QUICK = benchmark.QUICK._replace(batch_size=4, pixels=(8,))
             benchmark.main()
 
-        assert wait(start(main, ["--quick", "--threads", "1"], tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+        assert wait(start(main, ["--quick", "--threads", "1"], tmp_path / "log")) == 0, (
+            tmp_path / "log"
+        ).read_text()
         output = (tmp_path / "log").read_text()
     assert output.count("\n|") > 10
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
+from common.arrays import load_arrays
+from common.errors import UserError
 from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
-from learning import report
 from learning.calibration import N_BINS, Calibration
-from learning.charts import HEIGHT, LEFT, WIDTH, Axes, calibration_error, plot_calibration, plot_curves
-from learning.errors import UserError
 from learning.metrics import confusion_matrix_analysis
-from learning.report import write_report
 from learning.results import load_normalisation
 from learning.run import open_run
-from learning.safe_pickle import load_arrays
 from models.stclassifier import PseLTae_pretrained
+from reports import report
+from reports.charts import HEIGHT, LEFT, WIDTH, Axes, calibration_error, plot_calibration, plot_curves
+from reports.report import write_report
 from tests.commands import run_command, run_train
 from tests.folders import write_folder, write_meta
 

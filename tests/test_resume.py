@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import train
-from learning.files import write_bytes
-from learning.progress import tqdm
+from common.files import write_bytes
+from common.progress import tqdm
+from learning.checkpoints import STATE
 from learning.results import CONFIG
-from learning.resume import STATE
 from models.weights import CHECKPOINT
 from tests.commands import run_train
 from tests.folders import write_folder, write_meta
@@ -100,7 +100,9 @@ def test_killed_at_every_stage_gives_the_same_files(folder: Path, tmp_path: Path
     assert not any(STATE in name for name in again)
     # Of all files, half written and put in their place; of those that every epoch replaces, also the second time.
     for path in {Path(same(name)) for name in files if name != ".lock"}:
-        assert any(stage.startswith(f"within {path.with_name(f'.{path.name}.*.unfinished')}") for stage in killed), path
+        assert any(
+            stage.startswith(f"within {path.with_name(f'.{path.name}.*.unfinished')}") for stage in killed
+        ), path
         assert any(stage.startswith(f"rename {path}") for stage in killed), path
     for fold in (1, 2):
         for name in (STATE, "trainlog.json", CHECKPOINT):

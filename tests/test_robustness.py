@@ -9,9 +9,9 @@ import torch
 
 from benchmarks import dates, robustness
 from benchmarks.dates import COLUMNS, MISSING, Epochs, build_model, count_pairs, count_pairs_of_folder, draw
-from models.series import Series
-from preprocessing.metadata import read_days
-from preprocessing.settings import NPIXEL
+from data.batch import Series
+from data.metadata import read_days
+from data.settings import NPIXEL
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.batch import Series
 from models.competings import interpolate
-from models.series import Series
 from models.stclassifier import PseGru, PseLTae, PseTae, PseTempCNN
 
 C, S, F, K = 4, 6, 2, 5

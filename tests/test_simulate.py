@@ -11,13 +11,13 @@ import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import KFold, cross_val_score
 
+from common.errors import UserError
 from dataset import PixelSetData, find_norm
-from learning.errors import UserError
 from preprocessing import simulate as simulation
-from preprocessing.crops import CROPS, ground_cover
-from preprocessing.fields import FIRST_PARCELS, simulate_parcel
-from preprocessing.seasons import DATES, draw_own_season, draw_season
 from preprocessing.simulate import embedded_dataset, simulate
+from preprocessing.simulation.crops import CROPS, ground_cover
+from preprocessing.simulation.fields import FIRST_PARCELS, simulate_parcel
+from preprocessing.simulation.seasons import DATES, draw_own_season, draw_season
 from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent

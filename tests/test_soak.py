@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import train
+from data.store import open_store
 from dataset import PixelSetData
-from preprocessing.store import open_store
 from tests.folders import NOMENCLATURE, write_folder
 from tests.processes import contents, start, wait
 

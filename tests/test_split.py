@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import train
-from learning.errors import UserError
-from learning.safe_pickle import load_arrays
-from preprocessing.folds import read_folds, read_parts
+from common.arrays import load_arrays
+from common.errors import UserError
+from data.folds import read_folds, read_parts
 from tests.commands import run_command, run_train
 from tests.folders import write_folder, write_meta
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from preprocessing import moments, statistics
-from preprocessing.moments import Moments
+from data import moments
+from data.moments import Moments
+from preprocessing import statistics
 from tests.commands import run_command
 from tests.folders import write_folder, write_meta
 

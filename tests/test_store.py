@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from learning.errors import UserError
-from preprocessing import moments
-from preprocessing import store as module
-from preprocessing.store import PixelStore, open_store
+from common.errors import UserError
+from data import moments
+from data import store as module
+from data.store import PixelStore, open_store
 from tests.folders import write_folder
 from tests.processes import contents, kill_at_every_stage, start, stop_when, wait, wait_until_stopped, watch
 
@@ -226,15 +226,23 @@ def test_packing_killed_at_every_stage_is_made_again(folder, tmp_path):
             shutil.rmtree(earlier, ignore_errors=True)
             path.rename(earlier)
 
-    killed = kill_at_every_stage(lambda: open_store(folder), [], folder, tmp_path / "log", before, every_time=True)
+    killed = kill_at_every_stage(
+        lambda: open_store(folder), [], folder, tmp_path / "log", before, every_time=True
+    )
     assert contents(path) == packed
     check(open_store(folder), folder)
     assert packs(folder) == [path.name]  # and nothing beside it
     # Every file of DATA is read for its header, then for its values, while pixels.npy is written.
     reached = {f"read DATA/{parcel}.npy anew {time}" for parcel in IDS for time in (1, 2)}
-    reached |= {f"{step} .PACKED-*/{name} 1" for step in ("write", "within") for name in ("pixels.npy", "index.npz")}
+    reached |= {
+        f"{step} .PACKED-*/{name} 1" for step in ("write", "within") for name in ("pixels.npy", "index.npz")
+    }
     reached |= {"remove .PACKED-*/pixels.npy anew 1", "rmdir .PACKED-* anew 1"}  # what a killed process left
-    reached |= {f"rename {path.name} 1", "remove PACKED-earlier/pixels.npy anew 1", "rmdir PACKED-earlier anew 1"}
+    reached |= {
+        f"rename {path.name} 1",
+        "remove PACKED-earlier/pixels.npy anew 1",
+        "rmdir PACKED-earlier anew 1",
+    }
     assert reached <= set(killed)
 
 

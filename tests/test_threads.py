@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from models.fused import pool_mean_std
+from common.threads import share
+from models.fast.pooling import pool_mean_std
 from models.pse import PixelSetEncoder
-from models.threads import share
 
 
 @pytest.fixture(params=[1, 2, 3])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import train
+from common.arrays import load_arrays
+from common.errors import UserError
 from dataset import PixelSetData, fold_splits
-from learning.errors import UserError
 from learning.metrics import confusion_matrix_analysis
 from learning.options import DataShape, choose_classes, resolve_architecture
 from learning.results import load_normalisation
 from learning.run import open_run
-from learning.safe_pickle import load_arrays
 from models.architecture import PRESETS, read_preset
 from models.layers import trainable_parameters
 from models.stclassifier import PseLTae_pretrained

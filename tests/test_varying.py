@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from data.batch import Series
 from dataset import BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
-from learning.errors import UserError
-from models.series import Series
 from tests.commands import run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 

@@ -19,7 +19,7 @@ import figure2
 import inference
 import train
 from dataset import PixelSetData
-from learning.resume import FoldProgress
+from learning.checkpoints import FoldProgress
 from learning.run import open_run
 from models.stclassifier import PseLTae_pretrained
 from models.weights import read_checkpoint
@@ -264,7 +264,7 @@ def test_another_dataset_may_declare_another_value_that_means_missing(with_gaps:
 
 def open_run_with(folder: Path, **settings: object):
     """Data settings as conf.json keeps and gives them back."""
-    from preprocessing.settings import DataSettings
+    from data.settings import DataSettings
 
     settings = DataSettings(**settings)
     config = json.loads(json.dumps(settings.to_config())) | {"lms": 5, "input_dim": 4}

@@ -19,7 +19,9 @@ def run_without(module: str, arguments: str) -> subprocess.CompletedProcess:
         f"import runpy, sys; sys.modules |= dict.fromkeys({GEO}); sys.argv = ['', *{shlex.split(arguments)}]; "
         f"runpy.run_module('preprocessing.{module}', run_name='__main__')"
     )
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+    )
 
 
 @pytest.mark.parametrize(

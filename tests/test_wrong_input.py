@@ -16,9 +16,9 @@ import torch
 
 import inference
 import train
-from learning.errors import run_cli
+from common.arrays import load_arrays
+from common.errors import run_cli
 from learning.results import CONFUSION, save_overall
-from learning.safe_pickle import load_arrays
 from models.weights import CHECKPOINT
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 from tests.processes import PATIENCE

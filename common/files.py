@@ -1,0 +1,77 @@
+"""Files written completely or not at all, and read with errors that name them."""
+
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+
+_UNFINISHED = ".unfinished"
+
+
+def write_bytes(path: Path, data: bytes, durable: bool = False) -> None:
+    """Writes a file completely or not at all.
+
+    Args:
+        path: the file.
+        data: its content.
+        durable: waits until it is on the disk, so that it also survives a power failure.
+
+    Raises:
+        UserError: if it cannot be written, for want of room say.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_UNFINISHED}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}); make room, or make the folder writable, and start again."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `write_bytes` leaves in a folder, and in those within, if its process is killed."""
+    for path in folder.rglob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON; undefined numbers (nan) become null."""
+    write_bytes(path, (json.dumps(_without_nan(value), indent=2) + "\n").encode())
+
+
+def read_json(path: Path, expected: str = "a JSON file") -> Any:
+    """Reads a JSON file.
+
+    Args:
+        path: the file; in UTF-8, with or without a byte order mark.
+        expected: what it holds, for the message.
+
+    Raises:
+        UserError: naming the file and what is expected there, if it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); expected {expected}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); expected {expected}.") from error
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""A dataset folder as data: metadata, packed pixels, draws, folds, batches."""

@@ -1,0 +1,203 @@
+"""What stands beside the pixels in a dataset folder: labels, dates, extra features, mean and standard deviation."""
+
+import reprlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.arrays import load_arrays
+from common.errors import UserError
+from common.files import read_json
+
+Arrays = tuple[np.ndarray, np.ndarray]
+_LABELS = "{nomenclature: {parcel id: label}}"
+_DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}, or {parcel id: [date, ...]}'
+_INFO = '{"nodata": number or null, "bands": [names], ...}'
+_EXTRA = "{parcel id: number or list of numbers}"
+
+
+def read_nomenclatures(folder: Path) -> dict[str, dict[str, Any]]:
+    """All of META/labels.json, {nomenclature: {parcel id: label}}."""
+    path = folder / "META" / "labels.json"
+    nomenclatures = read_json(path, _LABELS)
+    if not isinstance(nomenclatures, dict) or not all(
+        isinstance(labels, dict) for labels in nomenclatures.values()
+    ):
+        raise UserError(f"{path} is something else; expected {_LABELS}.")
+    return nomenclatures
+
+
+def choose_nomenclature(folder: Path, asked: str | None, default: str) -> str:
+    """The nomenclature to use: the one asked for, else the default or, if the file has only one, that one."""
+    if asked is not None:
+        return asked
+    names = list(read_nomenclatures(folder))
+    return names[0] if len(names) == 1 else default
+
+
+def read_nomenclature(folder: Path, name: str) -> dict[str, int | str]:
+    """Labels by parcel id, whole numbers or text, in one nomenclature of META/labels.json."""
+    path = folder / "META" / "labels.json"
+    nomenclatures = read_nomenclatures(folder)
+    if name not in nomenclatures:
+        raise UserError(
+            f"{path} has no nomenclature {name!r}; it has {', '.join(nomenclatures) or 'none'}: "
+            "choose one with --labels."
+        )
+    labels = nomenclatures[name]
+    by_kind: dict[type, str] = {}
+    for parcel, label in labels.items():
+        if label is None:
+            continue
+        if (
+            isinstance(label, bool)
+            or not isinstance(label, int | str)
+            or (isinstance(label, int) and abs(label) >= 2**63)
+        ):
+            raise UserError(
+                f"parcel {parcel} has the label {label!r} in {path}; expected a whole number, without a point, or text."
+            )
+        by_kind.setdefault(type(label), parcel)
+    if len(by_kind) > 1:
+        word, number = by_kind[str], by_kind[int]
+        raise UserError(
+            f"{path}: parcel {word} has the label {labels[word]!r} but parcel {number} has {labels[number]!r}; expected whole "
+            "numbers, without quotes, for all or text for all."
+        )
+    return labels
+
+
+def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:
+    """Days of META/dates.json, counted from year 1: one array shared by all, (T,), or one for each of the parcels."""
+    path = folder / "META" / "dates.json"
+    dates = read_json(path, _DATES)
+    if not isinstance(dates, dict) or not dates:
+        raise UserError(f"{path} is something else; expected {_DATES}.")
+    if not any(isinstance(value, list) for value in dates.values()):
+        if set(dates) != {str(i) for i in range(len(dates))}:
+            raise UserError(f"{path} is something else; expected {_DATES}.")
+        return np.array([_to_day(dates[str(i)], f"{path}: date {i}") for i in range(len(dates))])
+    days = {}
+    for parcel in parcels:
+        own = dates.get(str(parcel))
+        if not isinstance(own, list):
+            raise UserError(
+                f"{path} has no list of dates for parcel {parcel}; expected one date for each row of its array."
+            )
+        days[parcel] = np.array(
+            [_to_day(value, f"{path}: date {i} of parcel {parcel}") for i, value in enumerate(own)], np.int64
+        )
+    return days
+
+
+def _to_day(value: Any, where: str) -> int:
+    """The day, counted from year 1, of YYYYMMDD (a number or text) or YYYY-MM-DD."""
+    text = "" if isinstance(value, bool | float) else str(value)
+    for length, form in ((8, "%Y%m%d"), (10, "%Y-%m-%d")):
+        if len(text) == length:
+            with suppress(ValueError):
+                return datetime.strptime(text, form).toordinal()
+    raise UserError(f"{where} is {value!r}; expected a day as YYYYMMDD or YYYY-MM-DD, such as 20170131.")
+
+
+def season_start_before(day: int, month_day: tuple[int, int]) -> int:
+    """The last start of a season, (month, day), that is not after a day; days are counted from year 1."""
+    first = date.fromordinal(day)
+    start = date(first.year, *month_day)
+    return (start if start <= first else date(first.year - 1, *month_day)).toordinal()
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """META/info.json: what is known of the pixels, {"nodata": ..., "bands": [...], ...}; empty without the file."""
+    path = folder / "META" / "info.json"
+    if not path.exists():
+        return {}
+    info = read_json(path, _INFO)
+    nodata = info.get("nodata") if isinstance(info, dict) else False
+    if isinstance(nodata, bool) or not isinstance(nodata, int | float | None):
+        raise UserError(f"{path} is something else; expected {_INFO}.")
+    return info
+
+
+def read_extra_features(
+    folder: Path, name: str, pid: Sequence[str], stats: Arrays | None = None
+) -> tuple[np.ndarray, Arrays]:
+    """Standardised features (parcels, F) from META/<name>.json, and the mean and deviation they were standardised with.
+
+    The statistics are those of all parcels in the file (deviation with n - 1), unless given.
+    """
+    path = folder / "META" / f"{name}.json"
+    values = read_json(path, f"{_EXTRA}, or the flag --geomfeat 0")
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is something else; expected {_EXTRA}.")
+    missing = [parcel for parcel in pid if parcel not in values]
+    if missing:
+        raise UserError(
+            f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it or train with --geomfeat 0."
+        )
+    table = {parcel: _to_vector(value) for parcel, value in values.items()}
+    first, width = next((parcel, len(vector)) for parcel, vector in table.items())
+    for parcel, vector in table.items():
+        if not len(vector):
+            raise UserError(
+                f"{path}: parcel {parcel} has {reprlib.repr(values[parcel])}; expected a finite number or a list of such."
+            )
+        if len(vector) != width:
+            raise UserError(
+                f"{path}: parcel {parcel} has {len(vector)} number(s), parcel {first} has {width}; all must agree."
+            )
+    everything = np.stack(list(table.values()))
+    if stats is None:
+        std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
+        stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
+    mean, std = stats
+    if len(mean) != everything.shape[1]:
+        raise UserError(
+            f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
+        )
+    return (np.stack([table[parcel] for parcel in pid]) - mean) / std, stats
+
+
+def _to_vector(value: Any) -> np.ndarray:
+    """A finite number, or a list of such, as a vector; an empty one for anything else."""
+    try:
+        vector = np.atleast_1d(np.asarray(value, dtype=np.float64))
+    except (TypeError, ValueError, OverflowError):
+        return np.empty(0)
+    return vector if vector.ndim == 1 and np.isfinite(vector).all() else np.empty(0)
+
+
+def check_norm(norm: Any, shape: tuple[int | None, int], source: str | Path = "norm") -> Arrays:
+    """Mean and standard deviation as two float64 arrays that broadcast to `shape`, (T, C), or (None, C) without dates."""
+    per_date = "" if shape[0] is None else f", or two ({shape[0]}, {shape[1]})"
+    expected = f"expected two numbers, two arrays ({shape[1]},){per_date}: mean, standard deviation"
+    try:
+        mean, std = (np.asarray(values, dtype=np.float64) for values in norm)
+    except (TypeError, ValueError):
+        raise UserError(f"{source} is not a mean and a standard deviation; {expected}.") from None
+    for values in (mean, std):
+        if values.shape not in ((), (1,), shape[1:], shape):
+            raise UserError(f"{source} contains an array of shape {values.shape}; {expected}.")
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise UserError(
+            f"{source} contains a value that is not finite, or a standard deviation that is not above 0; {expected}."
+        )
+    return mean, std
+
+
+def read_norm(path: str | Path, shape: tuple[int | None, int]) -> Arrays:
+    """Mean and standard deviation from a pickle of two arrays."""
+    try:
+        return check_norm(load_arrays(path), shape, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); expected a pickled mean and standard deviation."
+        ) from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,97 @@
+"""How a run reads a dataset: what inference, resuming and notebooks must repeat to see what training saw."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.metadata import Arrays, read_info, read_nomenclatures
+
+LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
+# The 20 classes of the paper, those with over 100 parcels of Sentinel2-Agri each.
+CLASSES_20 = (1, 3, 4, 5, 6, 8, 9, 12, 13, 14, 16, 18, 19, 23, 28, 31, 33, 34, 36, 39)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The settings of `PixelSetData.for_run`; the defaults are those of published weights.
+
+    Attributes:
+        labels: nomenclature of META/labels.json; None for none.
+        classes: labels to tell apart, in the order of the model's outputs.
+        npixel: pixels drawn per parcel.
+        n_extra: number of extra features of META/geomfeat.json; 0 to leave them out.
+        nodata: value that means missing in all channels of a pixel, besides NaN; None if there is none.
+        nodata_declared: whether it is the one that META/info.json of the training data declared. Another dataset's own
+            declaration then takes its place; a value that was typed stays.
+        season_start: (month, day) that days are counted from; None for the first date of the dataset.
+        varying: whether dates are treated as varying in any case.
+        n_channels: channels that a dataset must have; None for any.
+        n_dates: number of dates that a dataset must have, shared by all parcels; None for any.
+        seed: of the pixels that evaluation draws.
+        norm: mean and standard deviation of the pixels; None if they are not known yet.
+        extra_stats: mean and standard deviation of the extra features; None to take those of the dataset.
+    """
+
+    labels: str | None = LABELS
+    classes: tuple[int | str, ...] = CLASSES_20
+    npixel: int = NPIXEL
+    n_extra: int = 4
+    nodata: float | None = None
+    nodata_declared: bool = False
+    season_start: tuple[int, int] | None = None
+    varying: bool = False
+    n_channels: int | None = None
+    n_dates: int | None = None
+    seed: int = 1
+    norm: Arrays | None = None
+    extra_stats: Arrays | None = None
+
+    def to_config(self) -> dict[str, Any]:
+        """These settings as conf.json has them; mean and deviations have a file of their own."""
+        return {
+            "labels": self.labels,
+            "sub_classes": list(self.classes),
+            "npixel": self.npixel,
+            "n_extra": self.n_extra,
+            # JSON knows no infinity.
+            "nodata": self.nodata if self.nodata is None or math.isfinite(self.nodata) else str(self.nodata),
+            "nodata_declared": self.nodata_declared,
+            "season_start": None if self.season_start is None else list(self.season_start),
+            "varying_dates": self.varying,
+            "rdm_seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], norm: Arrays | None = None, extra_stats: Arrays | None = None
+    ) -> "DataSettings":
+        """What `to_config` made of settings, read from a checked conf.json."""
+        return cls(
+            labels=config["labels"],
+            classes=tuple(config["sub_classes"]),
+            npixel=config["npixel"],
+            n_extra=config["n_extra"],
+            nodata=None if config["nodata"] is None else float(config["nodata"]),
+            nodata_declared=config["nodata_declared"],
+            season_start=None if config["season_start"] is None else tuple(config["season_start"]),
+            varying=config["lms"] is None,
+            n_channels=config["input_dim"],
+            n_dates=config["lms"],
+            seed=config["rdm_seed"],
+            norm=norm,
+            extra_stats=extra_stats,
+        )
+
+    def nodata_in(self, folder: Path) -> float | None:
+        """The value that means missing in a dataset."""
+        declared = read_info(folder).get("nodata")
+        if self.nodata is None or (self.nodata_declared and declared is not None):
+            return declared
+        return self.nodata
+
+    def labels_in(self, folder: Path) -> str | None:
+        """The nomenclature, None where a dataset does not have it."""
+        if self.labels is None or not (folder / "META" / "labels.json").exists():
+            return None
+        return self.labels if self.labels in read_nomenclatures(folder) else None

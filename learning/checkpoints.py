@@ -1,0 +1,243 @@
+"""Training that can go on: what a fold has reached is on disk after every epoch, complete."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from common.errors import UserError, as_user_error
+from common.files import read_json, write_bytes, write_json
+from learning.calibration import CALIBRATION
+from learning.distributed import is_main, share_bytes
+from learning.results import CONFUSION, NORMALISATION, TEST_METRICS, TRAINLOG, load_normalisation
+from learning.run import Run, Training, read_run
+from models.weights import CHECKPOINT, load_weights, read_checkpoint
+
+if TYPE_CHECKING:
+    from dataset import PixelSetData
+
+STATE = "last.pth.tar"
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+# What may differ when a run goes on: where things are, and what does not change results.
+_FREE = {
+    "overwrite",
+    "resume",
+    "res_dir",
+    "dataset_folder",
+    "folds",
+    "norm",
+    "cache_dir",
+    "preload",
+    "num_workers",
+}
+_FREE |= {"device", "display_step", "command", "versions", "class_names", "nodata_declared"}
+
+Log = dict[int, dict[str, float]]
+
+
+class FoldProgress:
+    """How far the training of a fold has come; takes up what an earlier process left in the fold's folder.
+
+    Attributes:
+        epoch: the last finished one, 0 before the first.
+        best_epoch: the one with the best validation mIoU, the later one on a tie.
+        log: scores of every finished epoch.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.folder, self.model, self.optimizer = folder, model, optimizer
+        self.epoch = self.best_epoch = 0
+        self.log: Log = {}
+        self._best = b""
+        path = folder / STATE
+        state = share_bytes(lambda: path.read_bytes() if path.exists() else b"")
+        if state:
+            self._restore(path, state)
+
+    def finish_epoch(self, scores: dict[str, float]) -> bool:
+        """Notes the scores of an epoch and writes all files; returns whether it is the best one so far."""
+        self.epoch += 1
+        self.log[self.epoch] = _plain(scores)
+        is_best = not self.best_epoch or scores["val_IoU"] >= self.log[self.best_epoch]["val_IoU"]
+        state = {
+            "epoch": self.epoch,
+            "state_dict": self.model.state_dict(),
+            "optimizer": _plain(self.optimizer.state_dict()),
+        }
+        if is_best:
+            self.best_epoch, self._best = self.epoch, _to_bytes(state)
+        state |= {"log": self.log, "best_epoch": self.best_epoch}
+        state["best"] = torch.frombuffer(bytearray(self._best), dtype=torch.uint8)
+        if is_main():
+            write_bytes(self.folder / STATE, _to_bytes(state), durable=True)
+            self._write()
+        return is_best
+
+    def load_best(self) -> None:
+        """Gives the model the weights of the best epoch."""
+        path = self.folder / CHECKPOINT
+        load_weights(self.model, read_checkpoint(path, data=self._best)["state_dict"], path)
+
+    def close(self) -> None:
+        """Removes what only a fold that goes on needs."""
+        if is_main():
+            (self.folder / STATE).unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        write_bytes(self.folder / CHECKPOINT, self._best, durable=True)
+        write_json(self.folder / TRAINLOG, self.log)
+
+    def _restore(self, path: Path, data: bytes) -> None:
+        with as_user_error(ValueError, prefix="--resume: "):
+            state = read_checkpoint(path, data=data)
+            try:
+                self.epoch, self.best_epoch, self.log = (state[key] for key in ("epoch", "best_epoch", "log"))
+                self._best = state["best"].numpy().tobytes()
+                _check_log(self.log, self.epoch, self.best_epoch)
+                _restore_adam(self.optimizer, state["optimizer"])
+            except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"{path} is not the state of a training ({error}); remove it to begin this fold again."
+                ) from error
+            load_weights(self.model, state["state_dict"], path)
+            read_checkpoint(self.folder / CHECKPOINT, data=self._best)
+        if is_main():  # the process may have been killed in between
+            self._write()
+
+
+def _to_bytes(value: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """The same without NumPy's numbers and arrays, which no reader that takes a file as data accepts."""
+    if isinstance(value, dict):
+        return type(value)((_plain(key), _plain(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _check_log(log: Any, epoch: Any, best_epoch: Any) -> None:
+    """Raises ValueError unless the log has numbers for all epochs, one of which is the best."""
+    complete = isinstance(epoch, int) and list(log) == list(range(1, epoch + 1)) and best_epoch in log
+    if not complete or not all(isinstance(x, float) for scores in log.values() for x in scores.values()):
+        raise ValueError("its log is incomplete")
+
+
+def _restore_adam(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Gives Adam its moments back; checked, since what is wrong would show up in the middle of an epoch."""
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # With the names of the program: a file written later is then the same as without the interruption.
+    state = {i: {name: values[name] for name in _ADAM} for i, values in saved["state"].items()}
+    for i, values in state.items():
+        shapes = [value.shape for value in values.values()]
+        if shapes != [torch.Size(), parameters[i].shape, parameters[i].shape]:
+            raise ValueError(f"the optimiser's entry {i} is of another shape")
+        if not all(value.isfinite().all() for value in values.values()) or values["step"] < 1:
+            raise ValueError(f"the optimiser's entry {i} holds impossible numbers")
+    optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
+
+
+def finished_folds(res_dir: Path, kfold: int) -> list[tuple[dict[str, float], dict[str, dict[str, float]]]]:
+    """Test metrics and log of the folds, from the first on, that are finished."""
+
+    def read() -> bytes:
+        found = []
+        for fold in range(1, kfold + 1):
+            folder = res_dir / f"Fold_{fold}"
+            files = [folder / name for name in (TEST_METRICS, CONFUSION, CALIBRATION, TRAINLOG, CHECKPOINT)]
+            if (folder / STATE).exists() or not all(path.exists() for path in files):
+                break
+            found.append((read_json(folder / TEST_METRICS), read_json(folder / TRAINLOG)))
+        return json.dumps(found).encode()
+
+    return [
+        ({name: np.nan if value is None else value for name, value in metrics.items()}, log)
+        for metrics, log in json.loads(share_bytes(read))
+    ]
+
+
+def check_typed_settings(res_dir: Path, args: argparse.Namespace) -> None:
+    """`check_same_settings` for what is known before the data are read, and was typed."""
+    typed = asdict(Training.from_config(vars(args))) | {"rdm_seed": args.rdm_seed}
+    _compare(res_dir, typed | ({"npixel": args.npixel} if args.npixel else {}))
+
+
+def check_same_settings(run: Run) -> None:
+    """Raises a UserError naming the first difference to the run in its folder that has an influence on results."""
+    res_dir = run.folder
+    _compare(res_dir, {name: value for name, value in run.to_config().items() if name not in _FREE})
+    for earlier, now in zip(load_normalisation(res_dir), (run.data.norm, run.data.extra_stats)):
+        if (earlier is None) != (now is None) or any(
+            a.shape != np.shape(b) or not np.allclose(a, b) for a, b in zip(earlier or (), now or ())
+        ):
+            raise UserError(
+                f"--resume: {res_dir / NORMALISATION} does not fit the data, which changed since the run was begun; "
+                "restore them, or give --overwrite."
+            )
+
+
+def _compare(res_dir: Path, settings: dict[str, Any]) -> None:
+    """Raises a UserError naming the first of these settings that is not that of the run in res_dir."""
+    earlier = read_run(res_dir).to_config()
+    for name, value in settings.items():
+        value = json.loads(json.dumps(value))
+        if earlier.get(name, value) != value:  # what nothing is known of may be of a later version
+            raise UserError(
+                f"--resume: {name} is {_brief(value)} but was {_brief(earlier[name])} when {res_dir} was begun; "
+                "give the same settings and data, or --overwrite."
+            )
+
+
+def data_key(dataset: PixelSetData, splits: Sequence[tuple[list[int], list[int], list[int]]]) -> str:
+    """Differs between datasets of other parcels or classes, and between other folds."""
+    digest = hashlib.blake2b(digest_size=8)
+    for values in (dataset.pid, dataset.target, *(part for split in splits for part in split)):
+        digest.update(np.asarray(values, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def resumable(res_dir: Path) -> Iterator[None]:
+    """Keeps other trainings out of a results folder and, should the run be stopped, says how to go on.
+
+    Raises:
+        UserError: if another training is at work there.
+    """
+    lock = FileLock(res_dir / ".lock", timeout=0)
+    try:
+        if is_main():
+            lock.acquire()
+        yield
+    except Timeout:
+        raise UserError(f"another training writes in {res_dir}; wait, or choose another --res_dir.") from None
+    except KeyboardInterrupt as stop:
+        stop.add_note(
+            f"{res_dir} has everything up to the last finished epoch; the same command with --resume goes on"
+        )
+        raise
+    finally:
+        lock.release()
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

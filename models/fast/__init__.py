@@ -1,0 +1,1 @@
+"""Fused forms of what `models` computes, with the same results."""

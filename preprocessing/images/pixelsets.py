@@ -1,0 +1,206 @@
+"""Cuts the pixels that were read into one file per parcel, and writes what stands beside them."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import compress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from geopandas import GeoDataFrame
+from pyogrio import write_dataframe
+
+from common.errors import UserError
+from common.files import write_json
+from common.progress import progress_bar
+from data.moments import NORM, Moments, write_norm
+from preprocessing.images.extract import Reading, is_missing, plane_path
+from preprocessing.images.grids import Grid
+from preprocessing.images.layout import Layout
+from preprocessing.images.outlines import GEOMFEAT, features, to_metres
+
+
+class Report(NamedTuple):
+    """What was written.
+
+    Attributes:
+        summary: one line.
+        left_out: id and reason of parcels that no image sees.
+    """
+
+    summary: str
+    left_out: list[tuple[str, str]]
+
+
+def check_overlap(table: GeoDataFrame, grids: Sequence[Grid], path: str) -> None:
+    """Raises a UserError unless some parcel's bounding box meets an image."""
+    for grid in grids:
+        bounds = table.geometry.to_crs(grid.crs).bounds.to_numpy()
+        left, top = grid.transform @ (0, 0)
+        right, bottom = grid.transform @ (grid.width, grid.height)
+        meets = (
+            (bounds[:, 0] < right) & (bounds[:, 2] > left) & (bounds[:, 1] < top) & (bounds[:, 3] > bottom)
+        )
+        if meets.any():
+            return
+    here = ", ".join(f"{value:.6g}" for value in np.nanquantile(bounds, 0.5, axis=0))
+    raise UserError(
+        f"no parcel of {path} lies on an image: in the images' coordinate system ({name_crs(grid.crs)}) a "
+        f"typical parcel is at {here}, the images are at {left:.6g}, {bottom:.6g}, {right:.6g}, {top:.6g} (left, bottom, right, top); "
+        "check both coordinate systems."
+    )
+
+
+def name_crs(crs: Any) -> str:
+    """EPSG:... of a coordinate system that has such a number, else its description."""
+    code = crs.to_epsg()
+    return f"EPSG:{code}" if code else crs.to_wkt()
+
+
+def parcel_name(table: GeoDataFrame, parcel: int) -> str:
+    """Id of a parcel as in its file."""
+    return str(table["parcel" if "parcel" in table else "id"].iloc[parcel])
+
+
+def select(
+    layouts: list[Layout], table: GeoDataFrame, min_pixels: int, buffer: float
+) -> list[tuple[str, str]]:
+    """Marks parcels with fewer than `min_pixels` pixels as left out, in `layouts`, and returns who is left out and why."""
+    counts = np.zeros(len(table), np.int64)
+    for layout in layouts:
+        counts[layout.parcels] = np.diff(layout.offsets)
+        layout.kept = np.diff(layout.offsets) >= min_pixels
+    if not (counts >= min_pixels).any():
+        raise UserError(
+            f"no parcel has {min_pixels} pixel(s) of the images, --buffer {buffer:g}; check --min_pixels, --buffer and "
+            "the coordinate systems."
+        )
+    after = f" after --buffer {buffer:g}" if buffer else ""
+    few = f"fewer pixels than --min_pixels {min_pixels}{after}"
+    return [
+        (
+            parcel_name(table, parcel),
+            few if counts[parcel] else f"no pixel centre inside, or outside all images{after}",
+        )
+        for parcel in np.flatnonzero(counts < min_pixels)
+    ]
+
+
+def check_room(layouts: Sequence[Layout], n_channels: int, reading: Reading, folder: Path) -> None:
+    """Raises a UserError unless all pixels fit on the disk twice: as they are read, and as the files of the parcels."""
+    values = sum(int(layout.offsets[-1]) * len(layout.grid.dates) for layout in layouts) * n_channels
+    there = sum(path.stat().st_size for path in folder.glob("*.npy"))  # of a run that was killed
+    needed, free = 2 * values * reading.dtype.itemsize - there, shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"preparing needs {needed / 1e9:.1f} GB in {folder.parent}, where {free / 1e9:.1f} GB are free; make room or "
+            "choose another --output."
+        )
+
+
+def write_dataset(
+    folder: Path,
+    layouts: Sequence[Layout],
+    table: GeoDataFrame,
+    reading: Reading,
+    info: dict[str, Any],
+    nomenclature: str | None,
+    memory: int,
+) -> Report:
+    """Writes DATA, META and the statistics of a dataset folder.
+
+    Args:
+        folder: made here.
+        layouts: of the parcels, whose dates were extracted into the folder's parent.
+        table: the parcels.
+        reading: what missing pixels look like.
+        info: of META/info.json, completed here.
+        nomenclature: name of the labels; None for none.
+        memory: bytes that pixels may take.
+    """
+    for name in ("DATA", "META"):
+        (folder / name).mkdir(parents=True)
+    ids = table["id"].to_numpy()
+    dates = {}
+    for layout in layouts:
+        dates |= dict(zip(ids[layout.parcels[layout.kept]], compress(layout.dates(), layout.kept)))
+    shared = len(set(dates.values())) == 1
+    moments = Moments("date" if shared else "channel")
+    sizes, geometry, left_out = {}, {}, []
+    total = sum(int(layout.kept.sum()) for layout in layouts)
+    with progress_bar(None, "writing parcels", "parcels") as bar:
+        bar.total = total
+        for g, layout in enumerate(layouts):
+            outlines = to_metres(table.geometry.iloc[layout.parcels], layout.grid.crs)
+            described = features(outlines, layout.filled).tolist()
+            for i, values in _cut(layout, g, folder.parent, memory // 6):
+                parcel = layout.parcels[i]
+                if len(dates[ids[parcel]]) < len(values):
+                    values = values[np.isin(layout.grid.dates, dates[ids[parcel]])]
+                missing = is_missing(values, reading.fill)
+                bar.update()
+                if missing.all():
+                    left_out.append((parcel_name(table, parcel), "missing or under clouds on all dates"))
+                    continue
+                moments.add(values, missing)
+                np.save(folder / "DATA" / f"{ids[parcel]}.npy", values)
+                sizes[ids[parcel]], geometry[ids[parcel]] = values.shape[2], described[i]
+    if not sizes:
+        raise UserError(
+            "no image sees any parcel: all is missing or under clouds; check --nodata, --cloud_mask and --clear."
+        )
+    write_norm(folder / NORM, moments.result())
+    _write_meta(folder / "META", table, sizes, geometry, dates, layouts[0].grid.crs, info, nomenclature)
+    n_dates = {len(dates[parcel]) for parcel in sizes}
+    spread = f"{min(n_dates)}" if len(n_dates) == 1 else f"{min(n_dates)} to {max(n_dates)}"
+    summary = (
+        f"{len(sizes):,} parcels, {sum(sizes.values()):,} pixels, {spread} dates, {len(info['bands'])} bands"
+    )
+    return Report(summary, left_out)
+
+
+def _cut(layout: Layout, grid: int, folder: Path, memory: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Place in the layout and values (T, C, S) of every kept parcel, from the files of the dates."""
+    paths = [plane_path(folder, grid, date) for date in layout.grid.dates]
+    first = np.load(paths[0], mmap_mode="r")
+    most = max(1, memory // (len(paths) * len(first) * first.itemsize))  # pixels at a time
+    start = 0
+    while start < len(layout.parcels):
+        begin = layout.offsets[start]
+        stop = max(start + 1, int(np.searchsorted(layout.offsets, begin + most, side="right")) - 1)
+        end = layout.offsets[stop]
+        values = np.empty((len(paths), len(first), end - begin), first.dtype)
+        for t, path in enumerate(paths):
+            values[t] = np.load(path, mmap_mode="r")[:, begin:end]
+        for i in range(start, stop):
+            if layout.kept[i]:
+                yield i, values[:, :, layout.offsets[i] - begin : layout.offsets[i + 1] - begin]
+        start = stop
+
+
+def _write_meta(
+    meta: Path,
+    table: GeoDataFrame,
+    sizes: dict[int, int],
+    geometry: dict[int, list[float]],
+    dates: dict[int, tuple[int, ...]],
+    crs: Any,
+    info: dict[str, Any],
+    nomenclature: str | None,
+) -> None:
+    """Writes the files of META for the parcels in `sizes`; outlines in the coordinate system of the first grid."""
+    rows = table[table["id"].isin(sizes)].sort_values("id")
+    keys = [str(parcel) for parcel in rows["id"]]
+    outlines = rows.to_crs(crs)
+    write_json(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
+    write_json(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
+    per_parcel = {key: list(dates[int(key)]) for key in keys}
+    if len(set(map(tuple, per_parcel.values()))) == 1:
+        per_parcel = {str(t): date for t, date in enumerate(per_parcel[keys[0]])}
+    write_json(meta / "dates.json", per_parcel)
+    if nomenclature:
+        write_json(meta / "labels.json", {nomenclature: dict(zip(keys, rows["label"]))})
+    else:
+        outlines = outlines.drop(columns="label")
+    write_json(meta / "info.json", info | {"crs": name_crs(crs), "geomfeat": GEOMFEAT})
+    write_dataframe(outlines, meta / "parcels.gpkg", driver="GPKG", layer="parcels", promote_to_multi=True)

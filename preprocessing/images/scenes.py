@@ -1,0 +1,181 @@
+"""Satellite images on disk: which files belong to which date, which band of which file is which."""
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError
+from common.progress import progress_bar
+from preprocessing.images.headers import DATE, SUFFIXES, Header, Scene, Source, find_date, read_header
+from preprocessing.images.stac import read_stac
+
+_BAND = re.compile(r"(?<![A-Za-z0-9])B\d{1,2}A?(?![A-Za-z0-9])")  # as Sentinel-2 and Landsat name theirs
+
+
+class Image(NamedTuple):
+    """The bands of one acquisition that are wanted, and its cloud mask; all bands share one pixel grid."""
+
+    name: str
+    date: int  # YYYYMMDD
+    bands: tuple[Source, ...]
+    mask: Source | None
+
+    @property
+    def header(self) -> Header:
+        """Of the first band's file."""
+        return read_header(self.bands[0].path)
+
+
+def find_images(
+    pattern: str, bands: Sequence[str] | None = None, cloud_mask: str | None = None
+) -> tuple[list[Image], list[str]]:
+    """Finds all images and their dates.
+
+    Args:
+        pattern: folder (searched with its subfolders), glob pattern, or STAC item collection (.json).
+        bands: names of the bands to take, in this order; None takes all that the first image has. A band is named by
+            its description in a file of several bands (or its number, from 1), by a part of the name of a file with
+            one band, and by its key among the assets of a STAC item.
+        cloud_mask: name of a band, or pattern of files with one such file for every image.
+
+    Returns:
+        Images ordered by date and name, and names of their bands.
+
+    Raises:
+        UserError: if there are none, a name contains no date, or an image lacks a band or its mask.
+    """
+    masks = _find_masks(cloud_mask, pattern)
+    if pattern.lower().endswith("json"):
+        scenes = read_stac(Path(pattern))
+    else:
+        known = [*(bands or ()), *([cloud_mask] if cloud_mask and masks is None else [])]
+        scenes = _group_files(_list_files(pattern, masks or ()), known)
+    scenes.sort(key=lambda scene: (scene.date, scene.name))
+    mask_band = cloud_mask if masks is None else None
+    names = list(bands or (name for name in scenes[0].bands if name != mask_band))
+    return [_choose(scene, names, bands is None, mask_band, masks) for scene in scenes], names
+
+
+def _list_files(pattern: str, others: Iterable[str]) -> list[str]:
+    """Raster files in a folder or matching a pattern, in order."""
+    path = Path(pattern)
+    files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    found = {
+        os.path.abspath(file)
+        for file in files
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    }
+    found -= set(others)
+    if not found:
+        raise UserError(
+            f"{pattern} contains no images; expected a folder, a glob pattern in quotes or a STAC item collection "
+            f"(.json), with files {', '.join(SUFFIXES)}."
+        )
+    return sorted(found)
+
+
+def _find_masks(cloud_mask: str | None, images: str) -> dict[str, int] | None:
+    """Dates of the cloud masks' files by path; None if `cloud_mask` is the name of a band or there is none."""
+    if cloud_mask is None or not (set(cloud_mask) & set("*?/[") or cloud_mask.lower().endswith(SUFFIXES)):
+        return None
+    files = glob.glob(cloud_mask, recursive=True)
+    if not files and Path(images).is_dir() and not Path(cloud_mask).is_absolute():
+        files = Path(images).rglob(cloud_mask)
+    paths = sorted(map(os.path.abspath, files))
+    if not paths:
+        raise UserError(
+            f"no file matches --cloud_mask {cloud_mask!r}; give a band's name or a pattern in quotes."
+        )
+    return {path: find_date(Path(path).name, path) for path in paths}
+
+
+def _group_files(paths: list[str], known: Sequence[str]) -> list[Scene]:
+    """One scene per file of several bands; files of one band are one scene where only the band differs in the name."""
+    scenes: dict[str, Scene] = {}
+    for path in progress_bar(paths, "reading headers", "files"):
+        stem, header = Path(path).stem, read_header(path)
+        date = find_date(Path(path).name, path)
+        key, found = stem, {name: Source(path, i + 1) for i, name in enumerate(header.names)}
+        if len(header.names) == 1:
+            start, stop = _band_in_name(stem, known)
+            key, found = f"{stem[:start]}*{stem[stop:]}", {stem[start:stop]: Source(path, 1)}
+        key = os.path.join(os.path.dirname(path), key)
+        scene = scenes.setdefault(key, Scene(key, date, {}))
+        for name, source in found.items():
+            if name in scene.bands:
+                raise UserError(
+                    f"{scene.bands[name].path} and {path} are both band {name!r} of one image; remove one of them."
+                )
+            scene.bands[name] = source
+    return list(scenes.values())
+
+
+def _band_in_name(stem: str, known: Sequence[str]) -> tuple[int, int]:
+    """Where a file's name names its band: a band asked for, else a common name, else the last word but the date."""
+    for band in sorted(known, key=len, reverse=True):
+        if match := re.search(rf"(?<![A-Za-z0-9]){re.escape(band)}(?![A-Za-z0-9])", stem):
+            return match.span()
+    if match := _BAND.search(stem):
+        return match.span()
+    dates = [match.span() for match in DATE.finditer(stem)]
+    words = [match.span() for match in re.finditer(r"[^_.\s]+", stem)]
+    words = [
+        (start, stop)
+        for start, stop in words
+        if not any(start < end and begin < stop for begin, end in dates)
+    ]
+    return words[-1] if words else (0, len(stem))
+
+
+def _choose(
+    scene: Scene, names: Sequence[str], all_bands: bool, mask_band: str | None, masks: dict[str, int] | None
+) -> Image:
+    """The wanted bands of a scene, checked to share one grid, and its mask."""
+
+    def source(name: str) -> Source:
+        if name in scene.bands:
+            return scene.bands[name]
+        if name.isdigit() and 0 < int(name) <= len(scene.bands):
+            return list(scene.bands.values())[int(name) - 1]
+        raise UserError(
+            f"image {scene.name} has no band {name!r}; it has {', '.join(scene.bands)}. "
+            "Complete it, or name with --bands what all images have."
+        )
+
+    image = Image(
+        scene.name,
+        scene.date,
+        tuple(source(name) for name in names),
+        source(mask_band) if mask_band else None,
+    )
+    extra = set(scene.bands) - set(names) - {mask_band}
+    if all_bands and extra:
+        raise UserError(
+            f"image {scene.name} has the band {min(extra)!r}, which the first image lacks; "
+            "name with --bands what all images have."
+        )
+    first = image.header
+    for path, _ in image.bands:
+        header = read_header(path)
+        if header[:4] != first[:4]:
+            raise UserError(
+                f"{path} and {image.bands[0].path} are bands of one image but differ in resolution, size or place; "
+                "resample them to one grid with gdalwarp, or choose others with --bands."
+            )
+    return image if masks is None else image._replace(mask=_match_mask(image, masks))
+
+
+def _match_mask(image: Image, masks: dict[str, int]) -> Source:
+    """The mask of the image's date that covers the image."""
+    header = image.header
+    x, y = header.transform @ (header.width / 2, header.height / 2)
+    for path, date in masks.items():
+        if date == image.date:
+            mask = read_header(path)
+            column, row = ~mask.transform @ (x, y)
+            if mask.crs == header.crs and 0 <= row < mask.height and 0 <= column < mask.width:
+                return Source(path, 1)
+    raise UserError(f"image {image.name} has no file among the cloud masks; add it to --cloud_mask.")

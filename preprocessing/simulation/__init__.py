@@ -1,0 +1,1 @@
+"""Simulated fields, seasons and images."""
