@@ -1,15 +1,14 @@
 """Pixel-set datasets: the pixels of agricultural parcels at every date, their labels and features."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.model_selection import KFold
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
 from common.machine import map_tensors
@@ -35,6 +34,7 @@ from data.metadata import (
     season_start_before,
 )
 from data.moments import NORM, PUBLISHED_NORM
+from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE, DataSettings
 from data.store import check_folder, find_missing, list_parcels, open_store
 
@@ -501,42 +501,6 @@ class PixelSetData_preloaded(PixelSetData):
     in_memory = True
 
 
-class BatchSampler(Sampler[list[int]]):
-    """Batches of dataset indices, in the given order or shuffled by a pure function of `shuffle_key`.
-
-    Args:
-        indices: dataset indices of one part of a fold.
-        batch_size: parcels per batch.
-        shuffle_key: key of the order; None keeps the order of `indices`.
-        drop_single: leaves out a last batch of a single parcel, whose batch statistics are undefined.
-    """
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        shuffle_key: int | None = None,
-        drop_single: bool = False,
-    ) -> None:
-        self.indices, self.batch_size, self.shuffle_key = np.asarray(indices), batch_size, shuffle_key
-        self._n = len(self.indices) - (drop_single and len(self.indices) % batch_size == 1)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = self.indices
-        if self.shuffle_key is not None:
-            order = np.random.default_rng(self.shuffle_key % 2**64).permutation(order)
-        for start in range(0, self._n, self.batch_size):
-            yield order[start : min(start + self.batch_size, self._n)].tolist()
-
-    def __len__(self) -> int:
-        return -(-self._n // self.batch_size)
-
-    @property
-    def last_size(self) -> int:
-        """Parcels of the last batch."""
-        return (self._n - 1) % self.batch_size + 1
-
-
 class _Batches(Dataset):
     """A dataset whose items are whole batches, asked for by lists of indices.
 
@@ -574,35 +538,6 @@ def batch_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
-
-
-def fold_splits(n_parcels: int, kfold: int, seed: int) -> list[tuple[list[int], list[int], list[int]]]:
-    """Train, validation and test indices of every fold, exactly as published.
-
-    The shuffled parcels are cut into kfold test parts; of the rest, the last as many as the first test part holds
-    are for validation.
-    """
-    if kfold < 3:
-        raise UserError(
-            f"--kfold is {kfold}; at least 3 are needed, one part each for training, validation and test."
-        )
-    if n_parcels < kfold:
-        raise UserError(
-            f"the dataset has {n_parcels} parcels for --kfold {kfold}; use more parcels or fewer folds."
-        )
-    order = np.arange(n_parcels)
-    np.random.RandomState(seed).shuffle(order)
-    folds = list(KFold(n_splits=kfold, shuffle=False).split(order))
-    n_val = len(folds[0][1])
-    if n_parcels - 2 * n_val < 2:
-        raise UserError(
-            f"the dataset has {n_parcels} parcels for --kfold {kfold}, which leaves fewer than two to train on; "
-            "use more parcels."
-        )
-    return [
-        (order[rest[:-n_val]].tolist(), order[rest[-n_val:]].tolist(), order[test].tolist())
-        for rest, test in folds
-    ]
 
 
 def find_norm(dataset: PixelSetData, path: str | Path | None = None) -> tuple[Arrays, str]:

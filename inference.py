@@ -13,17 +13,14 @@ import torch
 from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, natural, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
+from common.processes import is_main, main_first
 from data.classes import read_class_names
 from data.metadata import read_info, read_nomenclature
+from data.outlines import OUTLINES
+from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE
-from dataset import (
-    UNKNOWN,
-    BatchSampler,
-    PixelSetData,
-    batch_loader,
-    find_norm,
-)
-from learning.distributed import is_main, join_ranks, main_first, together
+from dataset import UNKNOWN, PixelSetData, batch_loader, find_norm
+from learning.distributed import join_ranks, together
 from learning.options import (
     DataShape,
     add_architecture_options,
@@ -38,7 +35,7 @@ from learning.run import Run, open_run, published_run
 from models.architecture import Architecture, read_preset
 from models.ensemble import Ensemble
 from models.weights import choose_folds
-from preprocessing.parcels import OUTLINES, read_outlines
+from preprocessing.parcels import read_outlines
 from preprocessing.simulate import embedded_dataset
 from reports.attention import PICTURES, choose_bands, mean_attention, write_attention
 from reports.export import export_run

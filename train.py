@@ -17,14 +17,16 @@ from common.errors import UserError, run_cli
 from common.files import remove_unfinished, write_json
 from common.flags import Parser, fraction, natural, non_negative, parse_month_day, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory, set_seeds
+from common.processes import is_main, main_first, n_ranks, rank
 from common.progress import Clock, format_scores, format_time
 from data.classes import read_class_names
 from data.draws import stream_key
-from data.folds import read_folds, read_parts
+from data.folds import fold_splits, read_folds, read_parts
 from data.metadata import choose_nomenclature, read_info
+from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from data.store import check_folder
-from dataset import BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm, fold_splits
+from dataset import PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
 from learning.calibration import CALIBRATION, Calibration
 from learning.checkpoints import (
     FoldProgress,
@@ -35,7 +37,7 @@ from learning.checkpoints import (
     finished_folds,
     resumable,
 )
-from learning.distributed import RankBatches, is_main, join_ranks, main_first, rank, together
+from learning.distributed import RankBatches, join_ranks, together
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.options import (
@@ -51,7 +53,6 @@ from learning.results import (
     fold_folder,
     prepare_folder,
     remove_results,
-    save_figure,
     save_normalisation,
     save_overall,
     save_test,
@@ -59,9 +60,9 @@ from learning.results import (
 from learning.run import Run, Training
 from learning.weight_init import freeze_idle_biases, weight_init
 from models.architecture import read_preset
-from models.batchnorm import n_ranks, share_statistics
+from models.batchnorm import share_statistics
 from preprocessing.simulate import embedded_dataset
-from reports.plots import plot_confusion, plot_training
+from reports.plots import plot_confusion, plot_training, save_figure
 from reports.report import write_report
 
 CURVES, MATRIX = "training_curves.png", "confusion_matrix.png"

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.plain import PlainClassifier, PlainPixelSets
+from data.samplers import BatchSampler
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
-from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
+from dataset import PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.weight_init import weight_init

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from benchmarks.cases import CPU, DEFAULT, JITTER, N_CHANNELS, N_CLASSES, N_EXTRA, Sides, draw_sizes
 from benchmarks.measure import Worker, measure
 from data.batch import Series
+from data.samplers import BatchSampler
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
-from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
+from dataset import PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.weight_init import weight_init

@@ -12,8 +12,9 @@ from sklearn.metrics import confusion_matrix
 from common.errors import run_cli
 from common.flags import Parser, natural, parse_list, positive
 from common.progress import progress_bar
+from data.folds import fold_splits
 from data.settings import LABELS
-from dataset import PixelSetData, fold_splits
+from dataset import PixelSetData
 from learning.metrics import accuracy, mean_iou
 from learning.options import choose_classes
 from preprocessing.simulate import embedded_dataset

@@ -25,8 +25,9 @@ from common.machine import keep_freed_memory, set_seeds
 from common.progress import progress_bar
 from data.draws import stream_key
 from data.metadata import Arrays
+from data.samplers import BatchSampler
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS
-from dataset import BatchSampler, PixelSetData, batch_loader, find_norm
+from dataset import PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.metrics import accuracy, mean_iou

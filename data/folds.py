@@ -1,7 +1,10 @@
-"""Folds that are read from a file instead of drawn at random, such as those of `preprocessing.split`."""
+"""Folds: drawn at random as published, or read from a file such as `preprocessing.split` writes."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
+from sklearn.model_selection import KFold
 
 from common.errors import UserError
 from common.files import read_json
@@ -86,4 +89,33 @@ def read_folds(
             indices[k],
         )
         for k in range(K)
+    ]
+
+
+def fold_splits(n_parcels: int, kfold: int, seed: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """Train, validation and test indices of every fold, exactly as published.
+
+    The shuffled parcels are cut into kfold test parts; of the rest, the last as many as the first test part holds
+    are for validation.
+    """
+    if kfold < 3:
+        raise UserError(
+            f"--kfold is {kfold}; at least 3 are needed, one part each for training, validation and test."
+        )
+    if n_parcels < kfold:
+        raise UserError(
+            f"the dataset has {n_parcels} parcels for --kfold {kfold}; use more parcels or fewer folds."
+        )
+    order = np.arange(n_parcels)
+    np.random.RandomState(seed).shuffle(order)
+    folds = list(KFold(n_splits=kfold, shuffle=False).split(order))
+    n_val = len(folds[0][1])
+    if n_parcels - 2 * n_val < 2:
+        raise UserError(
+            f"the dataset has {n_parcels} parcels for --kfold {kfold}, which leaves fewer than two to train on; "
+            "use more parcels."
+        )
+    return [
+        (order[rest[:-n_val]].tolist(), order[rest[-n_val:]].tolist(), order[test].tolist())
+        for rest, test in folds
     ]

@@ -19,8 +19,8 @@ from torch import nn
 
 from common.errors import UserError, as_user_error
 from common.files import read_json, write_bytes, write_json
+from common.processes import is_main, share_bytes
 from learning.calibration import CALIBRATION
-from learning.distributed import is_main, share_bytes
 from learning.results import CONFUSION, NORMALISATION, TEST_METRICS, TRAINLOG, load_normalisation
 from learning.run import Run, Training, read_run
 from models.weights import CHECKPOINT, load_weights, read_checkpoint

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -22,23 +21,13 @@ from torch.utils.data import DataLoader, Sampler
 
 from common.errors import UserError
 from common.machine import choose_device
-from models.batchnorm import n_ranks
+from common.processes import add_up, is_main, n_ranks, rank
 
 if TYPE_CHECKING:
-    from dataset import BatchSampler
+    from data.samplers import BatchSampler
 
 _PATIENCE = timedelta(days=2)  # with the first process, which packs a dataset while the others wait
 _SECONDS_TO_AGREE = 3
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return dist.get_rank() if n_ranks() > 1 else 0
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
-    return rank() == 0
 
 
 def join_ranks(device_name: str | None) -> torch.device:
@@ -104,37 +93,6 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
 def _is_lost_peer(error: RuntimeError) -> bool:
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Lets the other processes in once the first one has come through."""
-    if not is_main():
-        dist.barrier()
-    yield
-    if n_ranks() > 1 and is_main():
-        dist.barrier()
-
-
-def share_bytes(make: Callable[[], bytes]) -> bytes:
-    """What `make` gives in the first process, in all of them."""
-    if n_ranks() == 1:
-        return make()
-    data = bytearray(make()) if is_main() else bytearray()
-    size = torch.tensor(len(data))
-    dist.broadcast(size, 0)
-    if not size:
-        return b""
-    values = torch.frombuffer(data, dtype=torch.uint8) if is_main() else torch.empty(size, dtype=torch.uint8)
-    dist.broadcast(values, 0)
-    return values.numpy().tobytes()
-
-
-def add_up(sums: Tensor) -> Tensor:
-    """Sum of the processes' tensors, of one shape, in place."""
-    if n_ranks() > 1:
-        dist.all_reduce(sums)
-    return sums
 
 
 def backward(loss: Tensor, model: nn.Module, n_parcels: int) -> None:

@@ -8,12 +8,12 @@ from torchnet.meter import AverageValueMeter
 
 from common.errors import UserError
 from common.machine import recursive_todevice
+from common.processes import add_up, alone, is_main
 from common.progress import progress_bar
 from data.batch import Series
 from learning.calibration import Calibration
-from learning.distributed import add_up, backward, copy_from_first, is_main, leaves_to_first
+from learning.distributed import backward, copy_from_first, leaves_to_first
 from learning.metrics import accuracy, mean_iou
-from models.batchnorm import alone
 
 
 class Scores:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from common.arrays import load_arrays
 from common.errors import UserError, as_user_error
@@ -77,13 +76,6 @@ def save_test(folder: Path, metrics: dict[str, float], confusion: np.ndarray) ->
     """Writes a fold's test metrics and confusion matrix."""
     write_json(folder / TEST_METRICS, metrics)
     write_bytes(folder / CONFUSION, pickle.dumps(confusion))
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Writes a figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    write_bytes(path, buffer.getvalue())
 
 
 def save_normalisation(res_dir: Path, norm: tuple, extra_stats: tuple | None) -> None:

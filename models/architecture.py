@@ -8,15 +8,14 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from torch import nn
 
 import models
 from common.errors import UserError, as_user_error
 from common.files import read_json
 from models.layers import DAYS
-
-if TYPE_CHECKING:
-    from models.stclassifier import PseClassifier
 
 PRESETS = Path(__file__).resolve().parent.parent / "config_fig2.json"
 
@@ -55,7 +54,7 @@ class Encoder:
 
     name: str
     title: str
-    classifier: type[PseClassifier]
+    classifier: type[nn.Module]
     sizes: Mapping[str, Size]
     output: str
     has_attention: bool = False
@@ -72,7 +71,7 @@ def register(
 ) -> Callable[[type], type]:
     """Makes a classifier known under a name; a decorator of its class. For the arguments see `Encoder`."""
 
-    def add(classifier: type[PseClassifier]) -> type[PseClassifier]:
+    def add(classifier: type[nn.Module]) -> type[nn.Module]:
         ENCODERS[name] = Encoder(name, title, classifier, sizes, output, **others)
         return classifier
 
@@ -139,7 +138,7 @@ class Architecture:
         sizes = {name: self.sizes[name] for name, size in self.kind.sizes.items() if size.is_argument}
         return common | sizes | self.kind.dates(self)
 
-    def build(self) -> PseClassifier:
+    def build(self) -> nn.Module:
         """The classifier, untrained.
 
         Raises:

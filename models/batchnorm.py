@@ -1,49 +1,9 @@
 """Batch statistics over all processes of a run, of which each has a part of every batch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-_is_alone = False
-
-
-def n_ranks() -> int:
-    """Number of processes that compute together; 1 without torchrun."""
-    return dist.get_world_size() if dist.is_initialized() and not _is_alone else 1
-
-
-@contextmanager
-def alone(is_alone: bool) -> Iterator[None]:
-    """Lets this process compute by itself for a while, if `is_alone`."""
-    global _is_alone
-    _is_alone = is_alone
-    yield
-    _is_alone = False
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum of the processes' tensors, of one shape; the gradient of each is the sum of all processes' gradients."""
-    return _Sum.apply(x) if n_ranks() > 1 else x
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return _Sum.apply(gradient)
-
-
-def count_over_ranks(n: int) -> int:
-    """Sum of the processes' numbers."""
-    return int(sum_over_ranks(torch.tensor(n)))
+from common.processes import sum_over_ranks
 
 
 def share_statistics(model: nn.Module) -> None:

@@ -25,11 +25,12 @@ from common.files import write_bytes
 from common.flags import Parser, non_negative, positive
 from common.flags import seed as parse_seed
 from data.metadata import read_nomenclatures
+from data.outlines import OUTLINES, to_ground
 from data.settings import LABELS
 from data.store import check_folder
-from learning.results import save_figure
-from preprocessing.parcels import OUTLINES, read_outlines, to_ground
+from preprocessing.parcels import read_outlines
 from reports.cartography import PALETTE, fill, frame_panel, outline_paths
+from reports.plots import save_figure
 
 if TYPE_CHECKING:
     from geopandas import GeoSeries

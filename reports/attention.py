@@ -17,10 +17,9 @@ from common.machine import recursive_todevice
 from common.progress import progress_bar
 from data.batch import Series
 from data.metadata import read_days
-from learning.results import save_figure
 from models.ensemble import Ensemble
 from models.pse import PixelSet, split_input
-from reports.plots import plot_attention
+from reports.plots import plot_attention, save_figure
 
 if TYPE_CHECKING:
     from dataset import PixelSetData

@@ -17,10 +17,11 @@ from common.files import read_json, write_bytes
 from data.settings import CLASSES_20
 from learning.metrics import accuracy, mean_iou
 from learning.options import resolve_architecture
-from learning.results import CONFIG, CONFUSION, OVERALL, save_figure
+from learning.results import CONFIG, CONFUSION, OVERALL
 from learning.run import AGRI, PUBLISHED_DAYS, Run, read_run
 from models.architecture import PRESETS, read_preset
 from models.layers import trainable_parameters
+from reports.plots import save_figure
 
 TIME, TABLE, PICTURE = "training_time.json", "figure2.csv", "figure2.png"
 PUBLISHED = Path(__file__).parent / "published_fig2.json"

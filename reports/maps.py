@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 from common.errors import UserError
 from common.progress import progress_bar
-from preprocessing.parcels import to_ground
+from data.outlines import to_ground
 from reports.cartography import PALETTE, fill, frame_panel, outline_paths
 
 if TYPE_CHECKING:

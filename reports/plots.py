@@ -1,10 +1,14 @@
 """Figures; each function returns one, the caller saves it."""
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib.dates as mdates
 import numpy as np
 from matplotlib.figure import Figure
+
+from common.files import write_bytes
 
 TRAIN_COLOUR, VAL_COLOUR = "tab:blue", "tab:orange"
 
@@ -121,3 +125,10 @@ def cell_edges(days: np.ndarray, width: int | None) -> np.ndarray:
         return days[0] + np.array([-0.5, 0.5])
     middle = (days[:-1] + days[1:]) / 2
     return np.concatenate([[2 * days[0] - middle[0]], middle, [2 * days[-1] - middle[-1]]])
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Writes a figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write_bytes(path, buffer.getvalue())

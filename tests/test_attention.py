@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from dataset import BatchSampler, PixelSetData, batch_loader
+from data.samplers import BatchSampler
+from dataset import PixelSetData, batch_loader
 from models.stclassifier import Ensemble, PseGru, PseLTae, PseLTae_pretrained
 from reports.attention import bin_starts, choose_bands, first_day, mean_attention
 from reports.plots import cell_edges

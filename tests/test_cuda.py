@@ -17,7 +17,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import train
 from common.machine import map_tensors
-from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
+from data.folds import fold_splits
+from data.samplers import BatchSampler
+from dataset import PixelSetData, batch_loader
 from learning.checkpoints import STATE
 from learning.engine import train_epoch
 from learning.focal_loss import FocalLoss

@@ -13,14 +13,9 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
-from dataset import (
-    BatchSampler,
-    PixelSetData,
-    PixelSetData_preloaded,
-    batch_loader,
-    find_norm,
-    fold_splits,
-)
+from data.folds import fold_splits
+from data.samplers import BatchSampler
+from dataset import PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
 from tests import golden_numbers as golden
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 

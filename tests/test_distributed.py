@@ -14,10 +14,11 @@ from torch import nn
 import inference
 import train
 from common.arrays import load_arrays
-from dataset import fold_splits
+from common.processes import rank
+from data.folds import fold_splits
 from learning import predictions
 from learning.checkpoints import FoldProgress
-from learning.distributed import rank, together
+from learning.distributed import together
 from learning.weight_init import freeze_idle_biases
 from models.stclassifier import PseTae
 from tests.folders import write_folder

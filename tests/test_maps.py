@@ -14,7 +14,8 @@ import pytest
 
 import inference
 from common.errors import UserError
-from preprocessing.parcels import read_outlines, to_ground
+from data.outlines import to_ground
+from preprocessing.parcels import read_outlines
 from reports.cartography import PALETTE, outline_paths, scale_length
 from reports.maps import DARK, GREY, class_colours, match_outlines, plot_map, write_map
 from tests.commands import run_command, run_inference, run_train

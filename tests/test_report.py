@@ -12,7 +12,9 @@ import torch
 
 from common.arrays import load_arrays
 from common.errors import UserError
-from dataset import BatchSampler, PixelSetData, batch_loader, fold_splits
+from data.folds import fold_splits
+from data.samplers import BatchSampler
+from dataset import PixelSetData, batch_loader
 from learning.calibration import N_BINS, Calibration
 from learning.metrics import confusion_matrix_analysis
 from learning.results import load_normalisation

@@ -11,7 +11,8 @@ import torch
 import train
 from common.arrays import load_arrays
 from common.errors import UserError
-from dataset import PixelSetData, fold_splits
+from data.folds import fold_splits
+from dataset import PixelSetData
 from learning.metrics import confusion_matrix_analysis
 from learning.options import DataShape, choose_classes, resolve_architecture
 from learning.results import load_normalisation

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from data.batch import Series
-from dataset import BatchSampler, PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
+from data.samplers import BatchSampler
+from dataset import PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
 from tests.commands import run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 

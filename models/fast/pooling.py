@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from common.processes import count_over_ranks, sum_over_ranks
 from common.threads import share
-from models.batchnorm import count_over_ranks, sum_over_ranks, update_running_statistics
+from models.batchnorm import update_running_statistics
 
 _PART_ROWS = 9216  # rows at a time: few enough for a core's cache, enough to make up for the calls
 _LOST_DIGITS = 1000  # error accepted in a batch variance, in rounding errors of a single activation

@@ -1,0 +1,42 @@
+"""The order in which parcels are taken, batch by batch."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class BatchSampler(Sampler[list[int]]):
+    """Batches of dataset indices, in the given order or shuffled by a pure function of `shuffle_key`.
+
+    Args:
+        indices: dataset indices of one part of a fold.
+        batch_size: parcels per batch.
+        shuffle_key: key of the order; None keeps the order of `indices`.
+        drop_single: leaves out a last batch of a single parcel, whose batch statistics are undefined.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        shuffle_key: int | None = None,
+        drop_single: bool = False,
+    ) -> None:
+        self.indices, self.batch_size, self.shuffle_key = np.asarray(indices), batch_size, shuffle_key
+        self._n = len(self.indices) - (drop_single and len(self.indices) % batch_size == 1)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.indices
+        if self.shuffle_key is not None:
+            order = np.random.default_rng(self.shuffle_key % 2**64).permutation(order)
+        for start in range(0, self._n, self.batch_size):
+            yield order[start : min(start + self.batch_size, self._n)].tolist()
+
+    def __len__(self) -> int:
+        return -(-self._n // self.batch_size)
+
+    @property
+    def last_size(self) -> int:
+        """Parcels of the last batch."""
+        return (self._n - 1) % self.batch_size + 1
