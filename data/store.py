@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class PixelStore:
 
     def __init__(self, path: Path, in_memory: bool = False, nodata: float | None = None) -> None:
         self.path, self.in_memory, self.nodata = path, in_memory, nodata
-        self._lock = _hold(path)
+        self._lock = _Hold(path)
         with np.load(path / "index.npz", allow_pickle=False) as index:
             self.ids, self.sizes, self.dates = index["ids"], index["sizes"], index["dates"]
             self.n_channels = int(index["n_channels"])
@@ -266,13 +266,18 @@ def open_store(
     return store
 
 
-def _hold(path: Path) -> BinaryIO:
-    """A store's index with a shared lock, held until the file is closed in this process and those forked from it."""
-    file = open(path / "index.npz", "rb")
-    if fcntl is not None:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_SH)
-    return file
+class _Hold:
+    """A shared lock on a store, held until this object is gone in this process and in those forked from it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path / "index.npz", os.O_RDONLY)
+        if fcntl is not None:
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(self.descriptor, fcntl.LOCK_SH)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 def _remove_unless_read(path: Path) -> None:
