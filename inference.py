@@ -13,14 +13,13 @@ import torch
 from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, natural, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
-from common.processes import is_main, main_first
+from common.processes import is_main, join_ranks, main_first, together
 from data.classes import read_class_names
 from data.metadata import read_info, read_nomenclature
 from data.outlines import OUTLINES
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE
 from dataset import UNKNOWN, PixelSetData, batch_loader, find_norm
-from learning.distributed import join_ranks, together
 from learning.options import (
     DataShape,
     add_architecture_options,

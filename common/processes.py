@@ -1,11 +1,26 @@
-"""The processes of a run, started by torchrun: how many there are, and sums over them; without torchrun there is one."""
+"""The processes of a run, started by torchrun, that train or predict together; without torchrun there is one.
 
+In training, every process takes a part of each batch; batch statistics (`models/batchnorm.py`), gradients and scores are
+those of the whole batch. In evaluation, every process takes some of the batches. The first process alone writes and
+prints.
+"""
+
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from common.errors import UserError
+from common.machine import choose_device
+
+_PATIENCE = timedelta(days=2)  # with the first process, which packs a dataset while the others wait
+_SECONDS_TO_AGREE = 3
 
 _is_alone = False
 
@@ -85,3 +100,82 @@ def add_up(sums: Tensor) -> Tensor:
     if n_ranks() > 1:
         dist.all_reduce(sums)
     return sums
+
+
+def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
+    """The processes' tables (r, width), r up to `most`, in the order of their ranks; in the others than the first, [].
+
+    A process that has no table left gives one of (0, width).
+    """
+    if n_ranks() == 1:
+        return [rows]
+    padded = rows.new_zeros(most + 1, rows.shape[1])
+    padded[: len(rows)], padded[most] = rows, len(rows)
+    tables = [torch.empty_like(padded) for _ in range(n_ranks())] if is_main() else None
+    dist.gather(padded, tables)
+    return [table[: int(table[most, 0])] for table in tables or ()]
+
+
+def join_ranks(device_name: str | None) -> torch.device:
+    """Joins the other processes, if torchrun started this one; gives its device.
+
+    Raises:
+        UserError: if there are fewer GPUs than processes on this machine, or the device is unknown.
+    """
+    device = choose_device(device_name)
+    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        return device
+    n_local = int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.type == "cuda":
+        if device.index is not None or n_local > torch.cuda.device_count():
+            raise UserError(
+                f"torchrun started {n_local} processes on a machine with {torch.cuda.device_count()} GPUs; start one "
+                "process per GPU and leave --device out, or give --device cpu."
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    return device
+
+
+def together(main: Callable[[], None]) -> Callable[[], None]:
+    """A main function of which torchrun may run several: what goes wrong is said once, and ends all of them."""
+
+    def run() -> None:
+        try:
+            main()
+        except UserError:
+            if (
+                not is_main()
+            ):  # the first process finds the same, unless something is wrong with this one alone
+                time.sleep(_SECONDS_TO_AGREE)
+            raise
+        except KeyboardInterrupt:
+            if not is_main():
+                os._exit(1)
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise UserError(
+                    "a loading process ended before its time, perhaps for want of memory; give a lower --num_workers. "
+                    "train.py goes on from the last finished epoch with --resume."
+                ) from error
+            if n_ranks() == 1 or not _is_lost_peer(error):
+                raise
+            if not is_main():
+                os._exit(1)
+            raise UserError(
+                "another process of this run ended or cannot be reached, see above; train.py goes on from the last "
+                "finished epoch with --resume."
+            ) from error
+        if n_ranks() > 1:
+            dist.destroy_process_group()
+
+    return run
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from common.processes import n_ranks, rank
+
 
 class BatchSampler(Sampler[list[int]]):
     """Batches of dataset indices, in the given order or shuffled by a pure function of `shuffle_key`.
@@ -40,3 +42,36 @@ class BatchSampler(Sampler[list[int]]):
     def last_size(self) -> int:
         """Parcels of the last batch."""
         return (self._n - 1) % self.batch_size + 1
+
+
+class RankBatches(Sampler[list[int]]):
+    """What this process takes of the batches of another sampler.
+
+    Args:
+        batches: the sampler of a single process.
+        divide: takes a part of every batch; the last one, if it is smaller than there are processes, is left to the
+            first of them. Otherwise takes every n-th batch.
+    """
+
+    def __init__(self, batches: BatchSampler, divide: bool) -> None:
+        self.batches, self.divide = batches, divide
+
+    @property
+    def last_is_small(self) -> bool:
+        """Whether the last batch is smaller than there are processes."""
+        return self.batches.last_size < n_ranks()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        k, n = rank(), n_ranks()
+        for i, batch in enumerate(self.batches):
+            if self.divide and len(batch) < n:
+                if k == 0:
+                    yield batch
+            elif self.divide:
+                yield batch[k * len(batch) // n : (k + 1) * len(batch) // n]
+            elif i % n == k:
+                yield batch
+
+    def __len__(self) -> int:
+        total = len(self.batches)
+        return total if self.divide else len(range(rank(), total, n_ranks()))

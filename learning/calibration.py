@@ -1,32 +1,95 @@
-"""Calibration: how often predictions made with a given confidence are right (Guo et al., ICML 2017)."""
+"""Calibration: how often predictions made with a given confidence are right, and a temperature that makes it as often.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+"""
+
+import math
+from typing import Any
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor
+
+from common.processes import add_up
 
 CALIBRATION = "calibration.json"  # in Fold_k of a results folder
 N_BINS = 15
+_RANGE = 0.2, 5.0  # of a temperature: of few parcels, all of them right, the best one would be 0
+
+
+class Logits:
+    """Collects what a model gives for a part of the data.
+
+    Attributes:
+        logits: of the batches, (B, K) each.
+        targets: true classes, (B,) each.
+    """
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Takes a batch."""
+        self.logits.append(logits.detach().double())
+        self.targets.append(target)
+
+
+def fit_temperature(part: Logits) -> float:
+    """The number that logits are divided by to make the likelihood of a part greatest; 1 without any parcel.
+
+    Of several processes each has some of the parcels, and all find the same.
+    """
+
+    def loss(log_temperature: float) -> float:
+        sums = torch.zeros(2, dtype=torch.float64)
+        if part.logits:
+            logits, targets = torch.cat(part.logits), torch.cat(part.targets)
+            total = torch.nn.functional.cross_entropy(
+                logits / math.exp(log_temperature), targets, reduction="sum"
+            )
+            sums = torch.stack([total.cpu(), torch.tensor(float(len(targets)), dtype=torch.float64)])
+        total, count = add_up(sums).tolist()
+        return total / max(count, 1)
+
+    bounds = [math.log(limit) for limit in _RANGE]
+    if loss(0.0) == 0 and loss(bounds[1]) == 0:
+        return 1.0
+    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
 
 
 class Calibration:
     """Counts of predictions by confidence, in bins of equal width over 0..1, summed up on the device.
 
+    Args:
+        temperature: that a calibrated prediction divides logits by.
+        device: where logits are.
+
     Attributes:
-        sums: per bin the number of predictions, the sum of their confidences and the number right, (3, N_BINS) float64.
+        sums: as predicted, and calibrated: per bin the number of predictions, the sum of their confidences and the number
+            right, (2, 3, N_BINS) float64.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(3, N_BINS, dtype=torch.float64, device=device)
+    def __init__(self, temperature: float = 1.0, device: torch.device | str = "cpu") -> None:
+        self.temperature = temperature
+        self.sums = torch.zeros(2, 3, N_BINS, dtype=torch.float64, device=device)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Takes a batch: logits (B, K) and true classes (B,)."""
-        confidence, predicted = logits.detach().double().softmax(1).max(1)
-        confidence = confidence.nan_to_num(0)
-        bins = (confidence * N_BINS).long().clamp(max=N_BINS - 1)  # a confidence of 1 belongs to the last bin
-        values = torch.stack([torch.ones_like(confidence), confidence, (predicted == target).double()])
-        self.sums.index_add_(1, bins, values)
+        for sums, temperature in zip(self.sums, (1.0, self.temperature)):
+            confidence, predicted = (logits.detach().double() / temperature).softmax(1).max(1)
+            confidence = confidence.nan_to_num(0)
+            bins = (
+                (confidence * N_BINS).long().clamp(max=N_BINS - 1)
+            )  # a confidence of 1 belongs to the last bin
+            values = torch.stack([torch.ones_like(confidence), confidence, (predicted == target).double()])
+            sums.index_add_(1, bins, values)
 
-    def summary(self) -> dict[str, list[float]]:
-        """What calibration.json holds: bin edges (N_BINS + 1), count, sum of confidence and number right per bin."""
-        count, confidence, right = self.sums.tolist()
+    def summary(self) -> dict[str, Any]:
+        """What calibration.json holds, of all processes: the temperature, bin edges (N_BINS + 1), and of each bin count,
+        sum of confidence and number right, as predicted and, under "calibrated", after division by the temperature."""
+        before, after = (
+            dict(zip(("count", "confidence", "right"), sums.tolist())) for sums in add_up(self.sums)
+        )
         edges = [i / N_BINS for i in range(N_BINS + 1)]
-        return {"edges": edges, "count": count, "confidence": confidence, "right": right}
+        return {"temperature": self.temperature, "edges": edges, **before, "calibrated": after}

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import io
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,10 +19,19 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from common.errors import UserError, as_user_error
-from common.files import read_json, write_bytes, write_json
+from common.files import read_json, remove_unfinished, write_bytes, write_json
 from common.processes import is_main, share_bytes
 from learning.calibration import CALIBRATION
-from learning.results import CONFUSION, NORMALISATION, TEST_METRICS, TRAINLOG, load_normalisation
+from learning.results import (
+    CONFIG,
+    CONFUSION,
+    NORMALISATION,
+    TEST_METRICS,
+    TRAINLOG,
+    load_normalisation,
+    remove_results,
+    save_normalisation,
+)
 from learning.run import Run, Training, read_run
 from models.weights import CHECKPOINT, load_weights, read_checkpoint
 
@@ -29,20 +39,11 @@ if TYPE_CHECKING:
     from dataset import PixelSetData
 
 STATE = "last.pth.tar"
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
 # What may differ when a run goes on: where things are, and what does not change results.
-_FREE = {
-    "overwrite",
-    "resume",
-    "res_dir",
-    "dataset_folder",
-    "folds",
-    "norm",
-    "cache_dir",
-    "preload",
-    "num_workers",
-}
-_FREE |= {"device", "display_step", "command", "versions", "class_names", "nodata_declared"}
+_FREE = set(
+    "overwrite resume res_dir dataset_folder folds norm cache_dir preload num_workers device display_step command versions "
+    "class_names nodata_declared".split()
+)
 
 Log = dict[int, dict[str, float]]
 
@@ -106,7 +107,7 @@ class FoldProgress:
                 self.epoch, self.best_epoch, self.log = (state[key] for key in ("epoch", "best_epoch", "log"))
                 self._best = state["best"].numpy().tobytes()
                 _check_log(self.log, self.epoch, self.best_epoch)
-                _restore_adam(self.optimizer, state["optimizer"])
+                _restore_optimizer(self.optimizer, state["optimizer"])
             except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{path} is not the state of a training ({error}); remove it to begin this fold again."
@@ -141,17 +142,18 @@ def _check_log(log: Any, epoch: Any, best_epoch: Any) -> None:
         raise ValueError("its log is incomplete")
 
 
-def _restore_adam(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Gives Adam its moments back; checked, since what is wrong would show up in the middle of an epoch."""
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Gives an optimiser its state back; checked, since what is wrong would show up in the middle of an epoch."""
     own = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # With the names of the program: a file written later is then the same as without the interruption.
-    state = {i: {name: values[name] for name in _ADAM} for i, values in saved["state"].items()}
+    state = {
+        i: {sys.intern(name): value for name, value in values.items()} for i, values in saved["state"].items()
+    }
     for i, values in state.items():
-        shapes = [value.shape for value in values.values()]
-        if shapes != [torch.Size(), parameters[i].shape, parameters[i].shape]:
+        if any(value.shape not in (torch.Size(), parameters[i].shape) for value in values.values()):
             raise ValueError(f"the optimiser's entry {i} is of another shape")
-        if not all(value.isfinite().all() for value in values.values()) or values["step"] < 1:
+        if not all(value.isfinite().all() for value in values.values()) or values.get("step", 1) < 1:
             raise ValueError(f"the optimiser's entry {i} holds impossible numbers")
     optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
@@ -213,6 +215,21 @@ def data_key(dataset: PixelSetData, splits: Sequence[tuple[list[int], list[int],
     for values in (dataset.pid, dataset.target, *(part for split in splits for part in split)):
         digest.update(np.asarray(values, dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def begin_run(run: Run, resume: bool) -> None:
+    """Makes the results folder ready for a new run, or for an earlier one to go on if that is the same.
+
+    Raises:
+        UserError: if it is another one.
+    """
+    remove_unfinished(run.folder)
+    if resume and (run.folder / CONFIG).exists():
+        check_same_settings(run)
+        return
+    remove_results(run.folder)
+    save_normalisation(run.folder, run.data.norm, run.data.extra_stats)
+    write_json(run.folder / CONFIG, run.to_config())
 
 
 @contextmanager

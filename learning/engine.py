@@ -1,19 +1,27 @@
 """One pass over a part of the data: training and evaluation. Both return figures; printing is the caller's."""
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchnet.meter import AverageValueMeter
 
 from common.errors import UserError
 from common.machine import recursive_todevice
-from common.processes import add_up, alone, is_main
+from common.processes import add_up, alone, is_main, n_ranks
 from common.progress import progress_bar
 from data.batch import Series
-from learning.calibration import Calibration
-from learning.distributed import backward, copy_from_first, leaves_to_first
-from learning.metrics import accuracy, mean_iou
+from learning.metrics import METRICS
+
+# By name, what makes an optimiser of parameters and a learning rate, and the factor of the learning rate in an epoch,
+# from 1, of so many epochs. What a script adds here, --optimizer and --schedule can choose.
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter], float], torch.optim.Optimizer]] = {
+    "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True)
+}
+SCHEDULES: dict[str, Callable[[int, int], float]] = {"constant": lambda epoch, epochs: 1.0}
 
 
 class Scores:
@@ -49,13 +57,10 @@ class Scores:
         return add_up(self._counts.clone()).view(self.n_classes, self.n_classes).cpu().numpy()
 
     def summary(self, prefix: str) -> dict[str, float]:
-        """Loss, accuracy in percent and mIoU in 0..1, under the published names."""
+        """The loss and all `METRICS`: accuracy in percent and mIoU in 0..1, under the published names."""
         mat = self.confusion_matrix()
-        return {
-            f"{prefix}_loss": self.fetch_loss(),
-            f"{prefix}_accuracy": 100 * accuracy(mat),
-            f"{prefix}_IoU": mean_iou(mat),
-        }
+        metrics = {f"{prefix}_{name}": float(metric(mat)) for name, metric in METRICS.items()}
+        return {f"{prefix}_loss": self.fetch_loss(), **metrics}
 
 
 def train_epoch(
@@ -115,9 +120,9 @@ def evaluation(
     n_classes: int,
     mode: str = "val",
     name: str = "validation",
-    calibration: Calibration | None = None,
+    add: Callable[[Tensor, Tensor], None] = lambda logits, target: None,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Evaluates a model; adds its predictions to `calibration`, if given.
+    """Evaluates a model; `add` is called with every batch's logits (B, K) and true classes (B,).
 
     Returns:
         <mode>_loss, <mode>_accuracy in percent and <mode>_IoU in 0..1; and the confusion matrix (K, K).
@@ -133,12 +138,35 @@ def evaluation(
         if not len(y):
             continue
         scores.add(criterion(logits, y), logits, y)
-        if calibration is not None:
-            calibration.add(logits, y)
-    if calibration is not None:
-        add_up(calibration.sums)
+        add(logits, y)
     return scores.summary(mode), scores.confusion_matrix()
 
 
 def _logits(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def backward(loss: Tensor, model: nn.Module, n_parcels: int) -> None:
+    """Gradients of the mean loss over a batch, `loss` being the mean over this process's n_parcels of it."""
+    if n_ranks() == 1:
+        loss.backward()
+        return
+    (loss * n_parcels).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients] + [loss.new_tensor([n_parcels])])
+    flat = add_up(flat)
+    flat /= flat[-1].clone()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients] + [1])):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def leaves_to_first(loader: DataLoader, step: int) -> bool:
+    """Whether a step, from 1 on, over the loader of a `RankBatches` is one of the first process by itself."""
+    return n_ranks() > 1 and step == len(loader) and loader.sampler.last_is_small
+
+
+def copy_from_first(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives all processes the weights and the optimiser's state of the first one."""
+    states = optimizer.state_dict()["state"].values()
+    for tensor in (*model.state_dict().values(), *(values[name] for values in states for name in values)):
+        dist.broadcast(tensor, 0)

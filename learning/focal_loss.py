@@ -1,6 +1,6 @@
 """Focal loss (Lin et al. 2017), as the L-TAE paper trains with (section 4.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +38,7 @@ class FocalLoss(nn.Module):
         if self.alpha is not None:
             loss = loss * self.alpha.to(loss)[target.squeeze(1)]
         return loss.mean() if self.size_average else loss.sum()
+
+
+# By name, what makes a loss from --gamma. What a script adds here, --loss can choose.
+LOSSES: dict[str, Callable[[float], nn.Module]] = {"focal": FocalLoss}

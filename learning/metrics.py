@@ -1,5 +1,7 @@
 """Scores of a classification, all from its confusion matrix (rows are true classes)."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import confusion_matrix
@@ -63,3 +65,10 @@ def _ratio(a: NDArray, b: NDArray) -> NDArray:
     """a / b, nan where b is 0."""
     a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     return np.divide(a, b, out=np.full_like(b, np.nan), where=b > 0)
+
+
+# By name, scores of a confusion matrix that the logs of a training hold, as train_NAME, val_NAME, test_NAME.
+METRICS: dict[str, Callable[[NDArray], float]] = {
+    "accuracy": lambda mat: 100 * accuracy(mat),
+    "IoU": mean_iou,
+}

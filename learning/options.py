@@ -7,29 +7,17 @@ configuration of a trained run); the published default. A size that is not typed
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from common.errors import UserError, as_user_error
 from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
-from data.settings import CLASSES_20, LABELS, NPIXEL
+from data.metadata import choose_nomenclature
+from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
+from data.store import check_folder
+from dataset import PixelSetData, PixelSetData_preloaded, find_norm
 from models.architecture import Architecture, Size, chosen_encoder, default_settings, flags, known_encoders
-
-if TYPE_CHECKING:
-    from dataset import PixelSetData
-
-# Published defaults of the training, and of what was added to it.
-TRAINING = {
-    "kfold": 5,
-    "epochs": 100,
-    "batch_size": 128,
-    "lr": 0.001,
-    "gamma": 1.0,
-    "rdm_seed": 1,
-    "temporal_dropout": 0.0,
-    "temporal_shift": 0,
-    "preset": None,
-}
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class DataShape:
     day_range: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, dataset: "PixelSetData", n_classes: int) -> "DataShape":
+    def of(cls, dataset: PixelSetData, n_classes: int) -> "DataShape":
         """That of a dataset."""
         n_dates, positions = (None, None) if dataset.varying else (dataset.n_dates, dataset.date_positions)
         return cls(dataset.n_channels, n_dates, dataset.n_extra, n_classes, positions, dataset.day_range)
@@ -106,6 +94,67 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--preload", action="store_true", help="read all pixels into memory first")
     group.add_argument("--device", help="cpu or cuda; without it CUDA if there is a GPU, else the CPU")
+
+
+def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, DataSettings, str]:
+    """The dataset that flags of training ask for, checked and normalised.
+
+    Args:
+        args: parsed flags of train.py.
+        folder: the dataset.
+
+    Returns:
+        The dataset, how it is read, and in words where its normalisation is from.
+
+    Raises:
+        UserError: if the folder, or a flag for it, is not as expected.
+    """
+    check_folder(folder)
+    labels = choose_nomenclature(folder, args.labels, LABELS)
+    asked = DataSettings(
+        labels=labels,
+        n_extra=0,
+        nodata=args.nodata,
+        season_start=args.season_start,
+        varying=bool(args.varying_dates or args.season_start or args.temporal_dropout or args.temporal_shift),
+        seed=args.rdm_seed,
+    )
+    every_label = PixelSetData(
+        folder,
+        labels,
+        NPIXEL,
+        cache_dir=args.cache_dir,
+        nodata=asked.nodata_in(folder),
+        season_start=args.season_start,
+    )
+    names = every_label.classes
+    present = [names[i] for i in every_label.target] if names else every_label.target.tolist()
+    has_extra = (folder / "META" / f"{EXTRA_FEATURE}.json").exists()
+    settings = replace(
+        asked,
+        classes=tuple(choose_classes(present, args.sub_classes)),
+        npixel=args.npixel or min(NPIXEL, int(every_label.store.sizes.max())),
+        n_extra=int(args.geomfeat or (args.geomfeat is None and has_extra)),
+    )
+    dataset = (PixelSetData_preloaded if args.preload else PixelSetData).for_run(
+        folder,
+        settings,
+        cache_dir=args.cache_dir,
+        temporal_dropout=args.temporal_dropout,
+        temporal_shift=args.temporal_shift,
+    )
+    norm, source = find_norm(dataset, args.norm)
+    dataset.set_norm(norm)
+    settings = replace(
+        settings,
+        n_extra=dataset.n_extra,
+        nodata=dataset.store.nodata,
+        nodata_declared=args.nodata is None and dataset.store.nodata is not None,
+        varying=dataset.varying,
+        norm=dataset.norm,
+        extra_stats=dataset.extra_stats,
+    )
+    return dataset, settings, source
 
 
 def add_architecture_options(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,11 @@ from torch import Tensor
 from common.errors import as_user_error
 from common.files import write_bytes
 from common.machine import count_workers, recursive_todevice
-from common.processes import is_main, n_ranks, rank
+from common.processes import gather_rows, is_main, n_ranks, rank
 from common.progress import progress_bar
 from data.folds import fold_splits
-from data.samplers import BatchSampler
+from data.samplers import BatchSampler, RankBatches
 from dataset import UNKNOWN, PixelSetData, batch_loader
-from learning.distributed import RankBatches, gather_rows
 from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.results import to_npy
 from models.ensemble import Ensemble

@@ -39,6 +39,7 @@ class Training:
         batch_size: parcels per batch, over all processes.
         lr: learning rate.
         gamma: of the focal loss.
+        loss, optimizer, schedule: names in `LOSSES`, `OPTIMIZERS` and `SCHEDULES`.
         temporal_dropout: share of dates left out at random.
         temporal_shift: days, at most, by which a parcel's calendar is moved at random.
         preset: name of the configuration of config_fig2.json that was asked for.
@@ -49,6 +50,9 @@ class Training:
     batch_size: int = 128
     lr: float = 0.001
     gamma: float = 1.0
+    loss: str = "focal"
+    optimizer: str = "adam"
+    schedule: str = "constant"
     temporal_dropout: float = 0.0
     temporal_shift: int = 0
     preset: str | None = None
@@ -306,6 +310,7 @@ def _entries() -> dict[str, Callable[[Any], bool]]:
         "class_names": _or_none(lambda value: isinstance(value, dict)),
         "pooling": is_text,
         "positions": lambda value: value in ("bespoke", "order"),
+        **dict.fromkeys(("loss", "optimizer", "schedule"), is_text),
         "lms": _or_none(_is_whole),
         **dict.fromkeys(("date_positions", "grid"), _or_none(_is_list, -math.inf)),
         **dict.fromkeys(("n_extra", "rdm_seed", "temporal_shift"), lambda value: _is_whole(value, 0)),

@@ -20,6 +20,7 @@ from common.machine import map_tensors
 from data.folds import fold_splits
 from data.samplers import BatchSampler
 from dataset import PixelSetData, batch_loader
+from learning import crossvalidation
 from learning.checkpoints import STATE
 from learning.engine import train_epoch
 from learning.focal_loss import FocalLoss
@@ -143,7 +144,7 @@ def test_a_resumed_training_is_the_uninterrupted_one(
         return train_epoch(*args)
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(train, "train_epoch", stop_after_one)
+        stopping.setattr(crossvalidation, "train_epoch", stop_after_one)
         with pytest.raises(SystemExit):
             train_on("cuda", case.folder, tmp_path / "res", FLAGS[case.name], stopping)
     train_on("cuda", case.folder, tmp_path / "res", f"{FLAGS[case.name]} --resume", monkeypatch)

@@ -14,11 +14,10 @@ from torch import nn
 import inference
 import train
 from common.arrays import load_arrays
-from common.processes import rank
+from common.processes import rank, together
 from data.folds import fold_splits
-from learning import predictions
+from learning import crossvalidation, predictions
 from learning.checkpoints import FoldProgress
-from learning.distributed import together
 from learning.weight_init import freeze_idle_biases
 from models.stclassifier import PseTae
 from tests.folders import write_folder
@@ -63,7 +62,7 @@ def train_first_fold() -> None:
 
     train.fold_splits = lambda *args: fold_splits(*args)[:1]
     nn.Dropout.forward = lambda self, x: x  # that of the attention included, which has no flag
-    train.freeze_idle_biases = freeze
+    crossvalidation.freeze_idle_biases = freeze
     train.main()
 
 

@@ -16,11 +16,11 @@ import inference
 import train
 from common.errors import UserError
 from common.files import write_bytes
+from common.processes import together
 from data.store import open_store
 from dataset import PixelSetData
-from learning import predictions
+from learning import crossvalidation, predictions
 from learning.checkpoints import STATE
-from learning.distributed import together
 from learning.results import TRAINLOG
 from models.weights import CHECKPOINT, read_checkpoint
 from tests.commands import run_train
@@ -152,7 +152,7 @@ def test_a_loading_process_that_dies(folder: Path, tmp_path: Path) -> None:
 
     def main() -> None:
         PixelSetData.batch = batch
-        train.count_workers = lambda asked: 1
+        crossvalidation.count_workers = lambda asked: 1
         train.main()
 
     check_end(

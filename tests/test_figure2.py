@@ -14,6 +14,7 @@ import figure2
 import train
 from common.files import read_json
 from data.settings import CLASSES_20, DataSettings
+from learning import crossvalidation
 from learning.options import resolve_architecture
 from learning.run import AGRI, PUBLISHED_DAYS, Run
 from models.architecture import Architecture, read_preset
@@ -87,7 +88,7 @@ def test_finished_runs_are_skipped_and_compared(
 
 
 def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, original = [], train.train_epoch
+    calls, original = [], crossvalidation.train_epoch
 
     def train_epoch(*args: object, **kwargs: object) -> object:
         if len(calls) == 3:
@@ -95,7 +96,7 @@ def test_an_interrupted_run_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         calls.append(1)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    monkeypatch.setattr(crossvalidation, "train_epoch", train_epoch)
     with pytest.raises(SystemExit, match="130"):
         run(folder, tmp_path / "figure", "--only GRU/15k", monkeypatch)
     run_command(figure2.main, f"--res_dir {tmp_path / 'figure'} --draw", monkeypatch)

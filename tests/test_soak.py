@@ -12,6 +12,8 @@ import torch
 import train
 from data.store import open_store
 from dataset import PixelSetData
+from learning import crossvalidation
+from learning.checkpoints import FoldProgress
 from tests.folders import NOMENCLATURE, write_folder
 from tests.processes import contents, start, wait
 
@@ -41,15 +43,15 @@ def test_training_does_not_grow(tmp_path: Path, n_workers: int) -> None:
 
     def main() -> None:
         gc.freeze()  # what the tests before have left need not be looked through every time
-        finish = train.FoldProgress.finish_epoch
+        finish = FoldProgress.finish_epoch
 
         def finish_and_measure(self, scores) -> bool:
             with open(measured, "a") as file:
                 print(*usage(), file=file)
             return finish(self, scores)
 
-        train.FoldProgress.finish_epoch = finish_and_measure
-        train.count_workers = lambda asked: n_workers
+        FoldProgress.finish_epoch = finish_and_measure
+        crossvalidation.count_workers = lambda asked: n_workers
         train.fold_splits = lambda *args, split=train.fold_splits: split(*args)[:1]
         train.main()
 

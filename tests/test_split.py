@@ -10,6 +10,7 @@ import train
 from common.arrays import load_arrays
 from common.errors import UserError
 from data.folds import read_folds, read_parts
+from learning import crossvalidation
 from tests.commands import run_command, run_train
 from tests.folders import write_folder, write_meta
 
@@ -68,8 +69,8 @@ def test_training_uses_the_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     parts = [[1, 2, 3, 4, 5, 6], [7, 8, 9], [10, 11, 12, 13], [14, 15, 16, 17, 18, 19, 20]]
     path = write_parts(tmp_path / "f.json", parts)
     seen = []
-    original = train.train_fold
-    monkeypatch.setattr(train, "train_fold", lambda *args: seen.append(args[1]) or original(*args))
+    original = crossvalidation.train_fold
+    monkeypatch.setattr(crossvalidation, "train_fold", lambda *args: seen.append(args[1]) or original(*args))
     results = run_train(folder, tmp_path / "res", f"--epochs 1 --folds {path}", monkeypatch)
     assert [[i + 1 for i in test] for _, _, test in seen] == parts
     assert all(sorted([*a, *b, *c]) == list(range(20)) for a, b, c in seen)
@@ -81,7 +82,7 @@ def test_training_uses_the_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_wrong_folds_stop_before_the_data_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(train, "open_dataset", lambda args: pytest.fail("read the data first"))
+    monkeypatch.setattr(train, "resolve_data", lambda *args: pytest.fail("read the data first"))
     path = write_parts(tmp_path / "f.json", [[1], [1], [2]])
     with pytest.raises(SystemExit) as end:
         run_command(train.main, f"--res_dir {tmp_path / 'res'} --folds {path}", monkeypatch)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import train
 from common.arrays import load_arrays
 from common.errors import UserError
 from data.folds import fold_splits
 from dataset import PixelSetData
+from learning import crossvalidation
 from learning.metrics import confusion_matrix_analysis
 from learning.options import DataShape, choose_classes, resolve_architecture
 from learning.results import load_normalisation
@@ -103,7 +103,7 @@ def test_saved_weights_give_the_test_scores(results: Path, folder: Path) -> None
 def test_same_results_for_any_workers_and_with_preload(
     results: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "count_workers", lambda asked: 2)
+    monkeypatch.setattr(crossvalidation, "count_workers", lambda asked: 2)
     again = run_train(folder, tmp_path / "workers", "--epochs 3 --preload", monkeypatch)
     first, second = contents(results), contents(again)
     assert set(first) == set(second)

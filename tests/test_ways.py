@@ -133,7 +133,8 @@ def test_settings_that_are_resolved_twice_are_equal(
         parts = {"folds": [list(range(1 + k, 151, 5)) for k in range(5)]}
         (tmp_path / "folds.json").write_text(json.dumps(parts))
         words[words.index("--folds") + 1] = str(tmp_path / "folds.json")
-    monkeypatch.setattr(train, "train_folds", lambda *args: None)
+    monkeypatch.setattr(train, "train_folds", lambda *args: ([], None))
+    monkeypatch.setattr(train, "summarise", lambda *args: None)
     run_command(train.main, shlex.join(words), monkeypatch)
     run_command(train.main, shlex.join([*words, "--resume"]), monkeypatch)
 

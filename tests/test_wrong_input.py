@@ -18,6 +18,8 @@ import inference
 import train
 from common.arrays import load_arrays
 from common.errors import run_cli
+from dataset import PixelSetData
+from learning import crossvalidation
 from learning.results import CONFUSION, save_overall
 from models.weights import CHECKPOINT
 from tests.folders import NOMENCLATURE, write_folder, write_meta
@@ -75,7 +77,7 @@ def refuse_training(command, folder, tmp_path, monkeypatch) -> Callable[..., Non
         raise AssertionError("training has begun")
 
     def run(arguments: list[str], *words: object, data: Path = folder) -> None:
-        monkeypatch.setattr(train, "train_fold", fail)
+        monkeypatch.setattr(crossvalidation, "train_fold", fail)
         result = command(train, "--dataset_folder", data, "--res_dir", tmp_path / "res", *SMALL, *arguments)
         check_refusal(result, *words)
         assert not list(tmp_path.glob("res/Fold_*"))
@@ -317,7 +319,7 @@ def test_labels_with_a_byte_order_mark_are_read(command, folder, tmp_path, monke
     """Windows editors write one."""
     path = folder / "META" / "labels.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(train.PixelSetData(folder, NOMENCLATURE, 4)) == 12
+    assert len(PixelSetData(folder, NOMENCLATURE, 4)) == 12
 
 
 @pytest.mark.parametrize(
