@@ -28,7 +28,7 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.predictions import TABLE, place_of_fold, predict, report, restore_folds, score_batches
+from learning.predictions import OUTPUTS, TABLE, Jury, describe_scores, predict, write_predictions
 from learning.results import CONFIG, prepare_output
 from learning.run import Run, open_run, published_run
 from models.architecture import Architecture, read_preset
@@ -54,7 +54,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--weight_dir", required=True, help="results folder of train.py, with Fold_k/model.pth.tar"
     )
-    group.add_argument("--fold", default="all", help="number of one fold, from 1, or all for the mean of all")
+    group.add_argument(
+        "--fold",
+        help="as published: the number of one fold, from 1, or all for the mean of all, for every parcel. Without it a parcel "
+        "of the training is predicted by the fold that held it out, any other by all",
+    )
     group.add_argument(
         "--kfold",
         type=positive,
@@ -100,11 +104,11 @@ def main() -> None:
     keep_freed_memory()
     device = join_ranks(args.device)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
-        choose_folds(args.weight_dir, args.fold)  # before the data are read, which can take long
+        choose_folds(args.weight_dir, args.fold or "all")  # before the data are read, which can take long
     if args.export:
         if is_main():
             typed, preset = typed_architecture(args), read_preset(args.preset)
-            print(export_run(Path(args.export), Path(args.weight_dir), args.fold, typed, preset))
+            print(export_run(Path(args.export), Path(args.weight_dir), args.fold or "all", typed, preset))
         return
     output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
     run = choose_run(args)
@@ -123,31 +127,52 @@ def main() -> None:
     if args.attention:
         channels = read_info(dataset.folder).get("bands") or []
         bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)
-    folds = list(choose_folds(args.weight_dir, args.fold))
-    held_out = restore_folds(dataset, args.kfold, args.rdm_seed) if args.kfold else None
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
-        ensemble = run.load(args.fold, device)
+        ensemble = run.load(args.fold or "all", device)
+    jury = run.jury(dataset, ensemble, args.fold, args.kfold)
     if dataset.fits_on(device):
         dataset = dataset.to(device)
     print(
         f"Device: {describe_device(device)}\n"
-        f"Model: {run.architecture.kind.classifier.__name__}, {len(ensemble.members)} fold(s) of {args.weight_dir}, {len(classes)} classes\n"
-        f"Data: {len(dataset)} parcels of {dataset.folder}"
+        f"Model: {run.architecture.kind.classifier.__name__}, {len(jury.folds)} fold(s) of {args.weight_dir}, "
+        f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}\n{describe_jury(jury, args.fold)}"
     )
-    voters = None if held_out is None else place_of_fold(held_out, folds)
+    batches = predict(jury, dataset, classes, args.batch_size, args.num_workers, device)
     if not is_main():
-        for _ in score_batches(
-            ensemble, dataset, len(classes), args.batch_size, args.num_workers, device, voters
-        ):
+        for _ in batches:
             pass
         return
-    predicted = predict(ensemble, dataset, classes, args.batch_size, args.num_workers, device, output, voters)
-    report(dataset, predicted, len(classes), output, held_out, folds)
+    predictions = write_predictions(batches, output)
+    predicted = predictions.predicted
+    print(
+        "\n".join(
+            [
+                *describe_scores(predictions),
+                f"Predictions: {', '.join(str(output / name) for name in OUTPUTS)}",
+            ]
+        )
+    )
     if args.attention:
         show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
     if outlines is not None:
         written = write_map(outlines, output / TABLE, output, args.map and Path(args.map), names)
         print(f"Map: {', '.join(map(str, written))}")
+
+
+def describe_jury(jury: Jury, fold: str | None) -> str:
+    """Who predicts which parcels, in words."""
+    if fold is not None:
+        return "Folds: as published, also for parcels that they learned from, which flatters the scores"
+    if not jury.is_known:
+        return (
+            "Folds: all of them for every parcel, since nothing tells what they learned from, which flatters the scores of "
+            "those parcels; --kfold 5 --rdm_seed 1 restores the published folds of published weights"
+        )
+    alone, seen = (jury.held_out > 0).sum(), jury.seen.sum()
+    return (
+        f"Folds: {alone} parcels each by the fold that held it out, {len(jury.seen) - alone - seen} new ones by all folds"
+        + (f", {seen} that folds learned from by all of them" if seen else "")
+    )
 
 
 def open_outlines(args: argparse.Namespace, run: Run) -> "GeoDataFrame | None":
@@ -171,6 +196,7 @@ def choose_run(args: argparse.Namespace) -> Run:
     if run.is_bare:
         print(f"Configuration: {args.weight_dir} has no {CONFIG}, so published defaults and flags")
         run = published_run(run.folder, typed, preset)
+        run = replace(run, data=replace(run.data, seed=args.rdm_seed))
     elif args.kfold:
         raise UserError(
             f"--kfold restores the folds of weights alone, but {args.weight_dir} has a {CONFIG}; leave it out."
@@ -258,7 +284,7 @@ def show_attention(
     loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device.type == "cuda")
     groups = dataset.target if known else predicted
     attention = mean_attention(ensemble, dataset, loader, groups, len(classes), bands, device)
-    folds = list(choose_folds(args.weight_dir, args.fold))
+    folds = list(choose_folds(args.weight_dir, args.fold or "all"))
     written = write_attention(output, attention, dataset, classes, names, folds)
     print(
         f"Attention by {'true' if known else 'predicted'} class: {written[0]}, {len(written) - 1} pictures in "

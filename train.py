@@ -21,8 +21,9 @@ from common.progress import Clock, format_time
 from data.classes import read_class_names
 from data.folds import fold_splits, read_folds, read_parts
 from data.metadata import read_info
+from data.parts import Parts, data_key, fingerprints
 from dataset import PixelSetData
-from learning.checkpoints import Log, begin_run, check_typed_settings, data_key, resumable
+from learning.checkpoints import Log, begin_run, check_typed_settings, resumable
 from learning.crossvalidation import Machine, train_folds
 from learning.engine import OPTIMIZERS, SCHEDULES
 from learning.focal_loss import LOSSES
@@ -139,7 +140,7 @@ def main() -> None:
         "geomfeat": int(dataset.n_extra > 0),
         "varying_dates": dataset.varying,
         "N_params": architecture.build().param_ratio(),
-        "data_key": data_key(dataset, splits),
+        "data_key": data_key(dataset.pid, dataset.target, splits),
         "class_names": read_class_names(dataset.folder, settings.labels),
         "simulated": bool(read_info(dataset.folder).get("simulated")),
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
@@ -153,7 +154,8 @@ def main() -> None:
     run = Run(res_dir, settings, architecture, Training.from_config(vars(args)), about)
     with resumable(res_dir):
         if is_main():
-            begin_run(run, args.resume)
+            marks = fingerprints(dataset.folder, dataset.pid, dataset.store)
+            begin_run(run, Parts.of(marks, splits), args.resume)
         machine = Machine(device, args.num_workers, args.display_step)
         tests, clock = train_folds(dataset, splits, run, machine, draw_curves(res_dir))
         if is_main():

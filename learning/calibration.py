@@ -4,17 +4,36 @@ Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from common.errors import UserError
+from common.files import read_json
 from common.processes import add_up
 
 CALIBRATION = "calibration.json"  # in Fold_k of a results folder
 N_BINS = 15
 _RANGE = 0.2, 5.0  # of a temperature: of few parcels, all of them right, the best one would be 0
+
+
+def read_temperature(fold_folder: Path) -> float:
+    """The temperature of a fold; 1 for one that has none, as published weights and older runs.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    path = fold_folder / CALIBRATION
+    content = read_json(path) if path.exists() else {}
+    temperature = content.get("temperature", 1.0) if isinstance(content, dict) else None
+    if not isinstance(temperature, float) or not _RANGE[0] <= temperature <= _RANGE[1]:
+        raise UserError(
+            f"{path} is damaged; copy it again from the training, or remove it to predict uncalibrated."
+        )
+    return temperature
 
 
 class Logits:
@@ -55,7 +74,8 @@ def fit_temperature(part: Logits) -> float:
     bounds = [math.log(limit) for limit in _RANGE]
     if loss(0.0) == 0 and loss(bounds[1]) == 0:
         return 1.0
-    return math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+    found = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
+    return min(max(found, _RANGE[0]), _RANGE[1])
 
 
 class Calibration:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from common.errors import UserError, as_user_error
 from common.files import read_json, remove_unfinished, write_bytes, write_json
 from common.processes import is_main, share_bytes
+from data.parts import PARTS, Parts
 from learning.calibration import CALIBRATION
 from learning.results import (
     CONFIG,
@@ -36,7 +36,7 @@ from learning.run import Run, Training, read_run
 from models.weights import CHECKPOINT, load_weights, read_checkpoint
 
 if TYPE_CHECKING:
-    from dataset import PixelSetData
+    pass
 
 STATE = "last.pth.tar"
 # What may differ when a run goes on: where things are, and what does not change results.
@@ -209,16 +209,13 @@ def _compare(res_dir: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def data_key(dataset: PixelSetData, splits: Sequence[tuple[list[int], list[int], list[int]]]) -> str:
-    """Differs between datasets of other parcels or classes, and between other folds."""
-    digest = hashlib.blake2b(digest_size=8)
-    for values in (dataset.pid, dataset.target, *(part for split in splits for part in split)):
-        digest.update(np.asarray(values, dtype=np.int64).tobytes())
-    return digest.hexdigest()
-
-
-def begin_run(run: Run, resume: bool) -> None:
+def begin_run(run: Run, parts: Parts, resume: bool) -> None:
     """Makes the results folder ready for a new run, or for an earlier one to go on if that is the same.
+
+    Args:
+        run: its settings.
+        parts: its parcels, which are kept with it.
+        resume: whether an earlier run may go on.
 
     Raises:
         UserError: if it is another one.
@@ -229,6 +226,7 @@ def begin_run(run: Run, resume: bool) -> None:
         return
     remove_results(run.folder)
     save_normalisation(run.folder, run.data.norm, run.data.extra_stats)
+    parts.save(run.folder / PARTS)
     write_json(run.folder / CONFIG, run.to_config())
 
 

@@ -1,183 +1,275 @@
-"""Predictions for every parcel of a dataset, and the files they are written to."""
+"""Predictions for every parcel of a dataset, each by classifiers that did not learn from it, and the files they are written to."""
 
+import contextlib
 import csv
+import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import as_user_error
-from common.files import write_bytes
 from common.machine import count_workers, recursive_todevice
 from common.processes import gather_rows, is_main, n_ranks, rank
 from common.progress import progress_bar
-from data.folds import fold_splits
 from data.samplers import BatchSampler, RankBatches
 from dataset import UNKNOWN, PixelSetData, batch_loader
 from learning.metrics import accuracy, confusion_matrix, mean_iou
-from learning.results import to_npy
 from models.ensemble import Ensemble
 
 PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
 
 
+@dataclass(frozen=True)
+class Jury:
+    """Who predicts which parcel.
+
+    Attributes:
+        ensemble: a classifier per fold.
+        folds: their numbers, from 1.
+        temperatures: that calibrated predictions divide the logits of each by.
+        held_out: number of the fold that predicts each parcel by itself, (N,); 0 where all do together.
+        seen: whether folds learned from a parcel and none held it out, (N,).
+        is_known: whether anything tells what the folds learned from.
+    """
+
+    ensemble: Ensemble
+    folds: Sequence[int]
+    temperatures: Sequence[float]
+    held_out: np.ndarray
+    seen: np.ndarray
+    is_known: bool = True
+
+    def probabilities(self, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Calibrated probabilities (B, K), and each member's vote as far as it counts, (members, B).
+
+        Where all folds vote, the mean of their log-probabilities is divided by the mean of their temperatures.
+
+        Args:
+            members: log-probabilities of each, (members, B, K).
+            held_out: as above, of the batch, (B,).
+        """
+        temperatures = members.new_tensor(self.temperatures)
+        log_p, votes = members.mean(0) / temperatures.mean(), members.argmax(2)
+        for fold, own, temperature in zip(self.folds, members, temperatures):
+            alone = (held_out == fold).unsqueeze(1)
+            log_p = torch.where(alone, own / temperature, log_p)
+            votes = torch.where(alone.T, own.argmax(1), votes)
+        return log_p.softmax(1), votes
+
+
+class Predictions(NamedTuple):
+    """Predictions for N parcels.
+
+    Attributes:
+        ids: of the parcels, as text.
+        targets: index of each true class, (N,); -1 where unknown.
+        predicted: index of each predicted class, (N,); -1 for a parcel without any observation.
+        confidence: calibrated probability of the predicted class, (N,).
+        agreement: share of the folds asked that predict that class, (N,).
+        probabilities: calibrated, of all classes, (N, K); NaN without any observation.
+        held_out: number of the fold that predicted by itself, since it did not learn from the parcel, (N,); else 0.
+        seen: whether folds learned from the parcel and none held it out, (N,).
+        classes: label of each of the K classes.
+    """
+
+    ids: list[str]
+    targets: np.ndarray
+    predicted: np.ndarray
+    confidence: np.ndarray
+    agreement: np.ndarray
+    probabilities: np.ndarray
+    held_out: np.ndarray
+    seen: np.ndarray
+    classes: Sequence[int | str]
+
+    @property
+    def labels(self) -> list[int | str | None]:
+        """Predicted labels; None for a parcel without any observation."""
+        return [None if k == UNKNOWN else self.classes[k] for k in self.predicted.tolist()]
+
+    @property
+    def true_labels(self) -> list[int | str | None]:
+        """True labels; None where unknown."""
+        return [None if k == UNKNOWN else self.classes[k] for k in self.targets.tolist()]
+
+    @property
+    def predicted_by(self) -> list[str]:
+        """Who predicted each parcel: the fold that held it out, all folds, or folds that have seen it."""
+        return [
+            "seen" if seen else str(fold or "all") for fold, seen in zip(self.held_out, self.seen.tolist())
+        ]
+
+
+class Output(Protocol):
+    """What writes a file of predictions, batch by batch."""
+
+    def __init__(self, file: BinaryIO, classes: Sequence[int | str]) -> None: ...
+
+    def add(self, batch: Predictions) -> None:
+        """Takes the next parcels."""
+
+    def close(self) -> None:
+        """Writes what is left; the file is closed afterwards."""
+
+
+class TableOutput:
+    """predictions.csv: a line per parcel."""
+
+    def __init__(self, file: BinaryIO, classes: Sequence[int | str]) -> None:
+        self.text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        self.table = csv.writer(self.text)
+        header = ["id", "true_label", "predicted_label", "confidence", "agreement", "predicted_by"]
+        self.table.writerow(header + [f"probability_{code}" for code in classes])
+
+    def add(self, batch: Predictions) -> None:
+        """Takes the next parcels; what is not known of one stays empty."""
+        numbers = np.column_stack([batch.confidence, batch.agreement, batch.probabilities]).tolist()
+        columns = batch.ids, batch.true_labels, batch.labels, batch.predicted_by, numbers
+        for parcel, true, label, by, (confidence, agreement, *probabilities) in zip(*columns):
+            told = [""] * (len(probabilities) + 2)
+            if label is not None:
+                told = [f"{number:.6g}" for number in (confidence, agreement, *probabilities)]
+            row = [parcel, "" if true is None else true, "" if label is None else label]
+            self.table.writerow([*row, *told[:2], by, *told[2:]])
+
+    def close(self) -> None:
+        """Hands over what is buffered."""
+        self.text.flush()
+        self.text.detach()
+
+
+class IndexOutput:
+    """Predictions_id_ytrue_y_pred.npy, as published: id and indices of the true and the predicted class, (N, 3)."""
+
+    def __init__(self, file: BinaryIO, classes: Sequence[int | str]) -> None:
+        self.file, self.rows = file, [np.empty((0, 3), np.int64)]
+
+    def add(self, batch: Predictions) -> None:
+        """Takes the next parcels."""
+        ids = np.array(batch.ids, np.int64)
+        self.rows.append(np.stack([ids, batch.targets, batch.predicted], 1))
+
+    def close(self) -> None:
+        """Writes the array."""
+        np.save(self.file, np.concatenate(self.rows))
+
+
+# By file name, what inference.py writes to its output folder. What a script adds here is written too.
+OUTPUTS: dict[str, Callable[[BinaryIO, Sequence[int | str]], Output]] = {
+    TABLE: TableOutput,
+    PREDICTIONS: IndexOutput,
+}
+
+
 def predict(
-    ensemble: Ensemble,
+    jury: Jury,
     dataset: PixelSetData,
     classes: Sequence[int | str],
     batch_size: int,
     num_workers: int,
     device: torch.device,
-    output: Path,
-    voters: np.ndarray | None = None,
-) -> np.ndarray:
-    """Writes `TABLE` batch by batch, then `PREDICTIONS`.
+) -> Iterator[Predictions]:
+    """Predictions batch by batch, in the order of the dataset.
+
+    Of several processes each computes some of the batches, and the first one alone gets them.
 
     Args:
-        ensemble: trained classifiers.
+        jury: trained classifiers.
         dataset: the parcels, drawn as for evaluation.
         classes: label of each class.
         batch_size: parcels per batch.
         num_workers: most loading processes.
-        device: where the ensemble is.
-        output: folder to write to.
-        voters: see `score_batches`.
-
-    Returns:
-        Predicted class indices, (N,); UNKNOWN for a parcel without any observation.
-    """
-    predicted: list[np.ndarray] = []
-    done = 0
-    unfinished = output / f".{TABLE}"
-    with (
-        as_user_error(OSError, prefix=f"{output / TABLE} cannot be written: "),
-        open(unfinished, "w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.writer(file)
-        header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
-        table.writerow(header + [f"probability_{code}" for code in classes])
-        for rows in score_batches(ensemble, dataset, len(classes), batch_size, num_workers, device, voters):
-            target, best = rows[:, :2].long().unbind(1)
-            ids = dataset.pid[done : done + len(rows)]
-            for parcel, true, k, numbers in zip(ids, target.tolist(), best.tolist(), rows[:, 2:].tolist()):
-                label = "" if true == UNKNOWN else classes[true]
-                told = [""] * (1 + len(numbers))
-                if k != UNKNOWN:
-                    told = [classes[k], *(f"{number:.6g}" for number in numbers)]
-                table.writerow([parcel, label, *told])
-            predicted.append(best.numpy())
-            done += len(rows)
-    os.replace(unfinished, output / TABLE)
-    classes_found = np.concatenate(predicted)
-    columns = [np.array(dataset.pid, np.int64), dataset.target, classes_found]
-    write_bytes(output / PREDICTIONS, to_npy(np.stack(columns, 1)))
-    return classes_found
-
-
-def score_batches(
-    ensemble: Ensemble,
-    dataset: PixelSetData,
-    n_classes: int,
-    batch_size: int,
-    num_workers: int,
-    device: torch.device,
-    voters: np.ndarray | None = None,
-) -> Iterator[Tensor]:
-    """Tables of batches in their order, (B, 4 + K) float64: target, predicted class, confidence, agreement, probabilities.
-
-    Of several processes each computes some of the batches, and the first one alone gets tables.
-
-    Args:
-        ensemble, dataset, n_classes, batch_size, num_workers, device: as for `predict`.
-        voters: the member that predicts each parcel by itself, (N,), -1 for all of them together; None for -1.
+        device: where the classifiers are.
     """
     sampler = BatchSampler(range(len(dataset)), batch_size)
     loader = batch_loader(
         dataset, RankBatches(sampler, divide=False), count_workers(num_workers), device.type == "cuda"
     )
     batches = iter(loader)
-    rounds = range(-(-len(sampler) // n_ranks()))
-    for i in progress_bar(rounds, "predicting", "batches", shown=is_main()):
-        rows = torch.empty(0, 4 + n_classes, dtype=torch.float64)
+    done = 0
+    for i in progress_bar(range(-(-len(sampler) // n_ranks())), "predicting", "batches", shown=is_main()):
+        rows = torch.empty(0, 3 + len(classes), dtype=torch.float64)
         for x, y in itertools.islice(batches, 1):  # none in the last round of some processes
-            x, y = recursive_todevice((x, y), device)
-            members = ensemble.member_log_probabilities(x)  # (members, B, K)
-            probabilities = members.mean(0).softmax(1)
-            agree = members.argmax(2)
-            if voters is not None:
-                start = (i * n_ranks() + rank()) * batch_size
-                member = torch.as_tensor(voters[start : start + len(y)], device=device)
-                own = members[member.clamp(min=0), torch.arange(len(y), device=device)]  # (B, K)
-                by_one = (member >= 0).unsqueeze(1)
-                probabilities = torch.where(by_one, own.exp(), probabilities)
-                agree = torch.where(by_one.T, own.argmax(1), agree)
+            start = (i * n_ranks() + rank()) * batch_size
+            held_out = torch.from_numpy(jury.held_out[start : start + len(y)])
+            x, y, held_out = recursive_todevice((x, y, held_out), device)
+            probabilities, votes = jury.probabilities(jury.ensemble.member_log_probabilities(x), held_out)
             confidence, best = probabilities.max(1)
             best[confidence.isnan()] = UNKNOWN  # a parcel without any observation
-            agreement = (agree == best).float().mean(0)
-            columns = (y, best, confidence, agreement)
+            columns = (y, best, (votes == best).float().mean(0))
             rows = torch.cat([torch.stack([v.double() for v in columns], 1), probabilities.double()], 1).cpu()
-        yield from gather_rows(rows, batch_size)
+        for table in gather_rows(rows, batch_size):
+            here = slice(done, done + len(table))
+            done = here.stop
+            target, best = table[:, :2].long().unbind(1)
+            yield Predictions(
+                dataset.pid[here],
+                target.numpy(),
+                best.numpy(),
+                table[:, 3:].amax(1).numpy(),
+                table[:, 2].numpy(),
+                table[:, 3:].numpy(),
+                jury.held_out[here],
+                jury.seen[here],
+                classes,
+            )
 
 
-def restore_folds(dataset: PixelSetData, kfold: int, seed: int) -> np.ndarray:
-    """The fold, from 1, that each parcel was a test parcel of when the published code trained on it, (N,); 0 for none.
-
-    That code trains on the parcels of the chosen classes alone.
-    """
-    known = np.flatnonzero(dataset.target != UNKNOWN)
-    held_out = np.zeros(len(dataset), np.int64)
-    for fold, (_, _, test) in enumerate(fold_splits(len(known), kfold, seed), start=1):
-        held_out[known[test]] = fold
-    return held_out
+def join(batches: Sequence[Predictions]) -> Predictions:
+    """Predictions of several batches as one."""
+    columns = zip(*(batch[1:-1] for batch in batches))
+    ids = list(itertools.chain(*(batch.ids for batch in batches)))
+    return Predictions(ids, *map(np.concatenate, columns), batches[0].classes)
 
 
-def place_of_fold(held_out: np.ndarray, folds: Sequence[int]) -> np.ndarray:
-    """The place among `folds` of each parcel's fold, (N,); -1 where it is none of them."""
-    return np.array([folds.index(fold) if fold in folds else -1 for fold in held_out.tolist()], np.int64)
+def write_predictions(batches: Iterator[Predictions], output: Path) -> Predictions:
+    """Writes all `OUTPUTS` batch by batch, each whole or not at all; returns the predictions, without probabilities."""
+    kept: list[Predictions] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_user_error(OSError, prefix=f"{output} cannot be written: "))
+        writers: dict[str, Any] = {}
+        for batch in batches:
+            if not writers:
+                for name, kind in OUTPUTS.items():
+                    file = stack.enter_context(open(output / f".{name}", "wb"))
+                    writers[name] = kind(file, batch.classes), file
+            for writer, _ in writers.values():
+                writer.add(batch)
+            kept.append(batch._replace(probabilities=batch.probabilities[:, :0]))
+        for name, (writer, file) in writers.items():
+            writer.close()
+            file.close()
+            os.replace(output / f".{name}", output / name)
+    return join(kept)
 
 
-def report(
-    dataset: PixelSetData,
-    predicted: np.ndarray,
-    n_classes: int,
-    output: Path,
-    held_out: np.ndarray | None = None,
-    folds: Sequence[int] = (),
-) -> None:
-    """Says where the predictions are and, where labels are known, how good they are.
-
-    Args:
-        dataset: the parcels.
-        predicted: class of each, (N,).
-        n_classes: K.
-        output: folder of the predictions.
-        held_out: the fold that did not learn from each parcel, and predicted it, (N,); None if all folds voted.
-        folds: those that predicted.
-    """
-    undefined = predicted == UNKNOWN
-    if undefined.any():
-        print(f"Undefined: {undefined.sum()} parcels without any observation, left empty (class -1)")
-    known = (dataset.target != UNKNOWN) & ~undefined
+def describe_scores(predictions: Predictions) -> list[str]:
+    """How good predictions are where labels are known, in words; parcels that were learned from are left out."""
+    undefined = predictions.predicted == UNKNOWN
+    known = (predictions.targets != UNKNOWN) & ~undefined
+    fair, lines = known & ~predictions.seen, []
 
     def score(parcels: np.ndarray) -> str:
-        mat = confusion_matrix(dataset.target[parcels], predicted[parcels], labels=range(n_classes))
-        return f"accuracy {100 * accuracy(mat):.1f}%, mIoU {mean_iou(mat):.3f} on"
+        true, found = predictions.targets[parcels], predictions.predicted[parcels]
+        mat = confusion_matrix(true, found, labels=range(len(predictions.classes)))
+        return f"accuracy {100 * accuracy(mat):.1f}%, mIoU {mean_iou(mat):.3f}"
 
-    if held_out is not None:
-        for fold in folds:
-            test = known & (held_out == fold)
-            if test.any():
-                print(f"Fold {fold}: {score(test)} its {test.sum()} test parcels")
-        known &= np.isin(held_out, folds)
-    if known.any():
-        remark = (
-            "parcels that the model was trained on flatter it"
-            if held_out is None
-            else "each by the fold that did not learn from it"
+    if undefined.any():
+        lines.append(f"Undefined: {undefined.sum()} parcels without any observation, left empty (class -1)")
+    for fold in np.unique(predictions.held_out[fair & (predictions.held_out > 0)]):
+        test = fair & (predictions.held_out == fold)
+        lines.append(f"Fold {fold}: {score(test)} on {test.sum()} parcels that it did not learn from")
+    if (known & predictions.seen).any():
+        lines.append(
+            f"Left out of the scores: {(known & predictions.seen).sum()} parcels that folds learned from and none held out"
         )
-        print(f"All: {score(known)} the {known.sum()} parcels with a known class; {remark}")
-    print(f"Predictions: {output / TABLE}, {output / PREDICTIONS}")
+    if fair.any():
+        lines.append(f"All: {score(fair)} on {fair.sum()} parcels with a known class")
+    return lines

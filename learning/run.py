@@ -5,21 +5,25 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from common.errors import UserError, as_user_error
 from common.files import read_json
+from data.folds import fold_splits
+from data.parts import PARTS, Parts, data_key, fingerprints
 from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
+from learning.calibration import read_temperature
 from learning.options import DataShape, resolve_architecture
-from learning.predictions import score_batches
+from learning.predictions import Jury, Predictions, join, predict
 from learning.results import CONFIG, NORMALISATION, load_normalisation
 from models.architecture import Architecture, default_settings, flags, known_encoders
 from models.ensemble import Ensemble, load_members
 from models.stclassifier import PseClassifier
+from models.weights import choose_folds
 
 # The dates of Sentinel2-Agri, as days since the first, and what else its published weights were trained on.
 PUBLISHED_DAYS = (
@@ -144,19 +148,62 @@ class Run:
         kind, kwargs = self.architecture.kind.classifier, self.architecture.hyperparameters()
         return Ensemble(load_members(kind, self.folder, kwargs, device, fold))
 
+    def jury(
+        self,
+        dataset: PixelSetData,
+        ensemble: Ensemble,
+        fold: int | str | None = None,
+        kfold: int | None = None,
+    ) -> Jury:
+        """Who predicts which parcel of a dataset.
+
+        Args:
+            dataset: opened by this run.
+            ensemble: the classifiers that `load` gave for this fold.
+            fold: None for out of fold: a parcel that a fold held out is predicted by that fold, any other by all. Otherwise
+                "all" or a number, as published: those predict every parcel, also what they learned from.
+            kfold: number of folds that published weights, with which nothing lies, were trained with.
+        """
+        folds = list(choose_folds(self.folder, "all" if fold is None else fold))
+        temperatures = [read_temperature(self.folder / f"Fold_{k}") for k in folds]
+        held_out, seen = np.zeros(len(dataset), np.int64), np.zeros(len(dataset), bool)
+        is_known = False
+        if fold is None:
+            marks = fingerprints(dataset.folder, dataset.pid, dataset.store)
+            parts = self._parts(dataset, marks, kfold)
+            is_known = parts is not None
+            if parts is not None:
+                held_out, seen = parts.look_up(marks, folds)
+        return Jury(ensemble, folds, temperatures, held_out, seen, is_known)
+
+    def _parts(self, dataset: PixelSetData, marks: np.ndarray, kfold: int | None) -> Parts | None:
+        """What each fold did with which parcel; None if nothing tells."""
+        if (self.folder / PARTS).exists():
+            return Parts.load(self.folder / PARTS)
+        kfold = kfold or self.about.get("kfold")
+        known = np.flatnonzero(dataset.target != UNKNOWN)
+        ids = [dataset.pid[i] for i in known]
+        if kfold is None or self.about.get("folds") or len(known) < kfold:
+            return None
+        splits = fold_splits(
+            len(known), kfold, self.data.seed
+        )  # as older runs and the published code drew them
+        key = data_key(ids, dataset.target[known], splits)
+        return Parts.of(marks[known], splits) if self.about.get("data_key", key) == key else None
+
     def predict(
         self,
         dataset_folder: str | Path | None = None,
-        fold: int | str = "all",
+        fold: int | str | None = None,
         device: str | torch.device | None = None,
         batch_size: int = 128,
         num_workers: int = 0,
-    ) -> "Predictions":
+    ) -> Predictions:
         """Classes of all parcels of a dataset, whose pixels are read and normalised as the run did.
 
         Args:
             dataset_folder: the dataset; the run's own if not given. Labels are optional there.
-            fold: "all" for the mean of all folds, or the number, from 1, of one.
+            fold: None for out of fold, "all" or a number as published; see `jury`.
             device: where to compute; without it on a GPU if there is one.
             batch_size: parcels at a time.
             num_workers: most loading processes.
@@ -165,40 +212,12 @@ class Run:
             UserError: saying which file is not as expected.
         """
         with as_user_error(FileNotFoundError, ValueError, TypeError):
-            ensemble = self.load(fold, device)
-        dataset = self.open_dataset(dataset_folder)
-        classes, device = list(self.data.classes), next(ensemble.parameters()).device
+            ensemble = self.load("all" if fold is None else fold, device)
+        dataset, device = self.open_dataset(dataset_folder), next(ensemble.parameters()).device
+        jury = self.jury(dataset, ensemble, fold)
         if dataset.fits_on(device):
             dataset = dataset.to(device)
-        rows = torch.cat(
-            list(score_batches(ensemble, dataset, len(classes), batch_size, num_workers, device))
-        )
-        target, best = rows[:, :2].long().T.tolist()
-        return Predictions(
-            dataset.pid,
-            [None if k == UNKNOWN else classes[k] for k in target],
-            [None if k == UNKNOWN else classes[k] for k in best],
-            rows[:, 4:].numpy(),
-            classes,
-        )
-
-
-class Predictions(NamedTuple):
-    """Predictions for N parcels.
-
-    Attributes:
-        ids: of the parcels.
-        true_labels: None where unknown.
-        labels: predicted; None for a parcel without any observation.
-        probabilities: (N, K), of the classes in their order; NaN without any observation.
-        classes: label of each of the K classes.
-    """
-
-    ids: list[str]
-    true_labels: list[int | str | None]
-    labels: list[int | str | None]
-    probabilities: np.ndarray
-    classes: list[int | str]
+        return join(list(predict(jury, dataset, self.data.classes, batch_size, num_workers, device)))
 
 
 def open_run(folder: str | Path, classifier: type[PseClassifier] | None = None) -> Run:

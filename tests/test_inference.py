@@ -61,18 +61,22 @@ def log_probabilities(folder: Path, weights: Path) -> torch.Tensor:
 def test_needs_only_weights_and_data(
     folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = run_inference(folder, weights, tmp_path / "out", "--batch_size 4", monkeypatch)
+    output = run_inference(folder, weights, tmp_path / "out", "--batch_size 4 --fold all", monkeypatch)
     table, array = read_table(output), np.load(output / "Predictions_id_ytrue_y_pred.npy")
     labels = json.loads((folder / "META" / "labels.json").read_text())["label_44class"]
     members = log_probabilities(folder, weights)
     best = members.mean(0).argmax(1)
+    temperatures = [
+        json.loads((weights / f"Fold_{k}" / "calibration.json").read_text())["temperature"] for k in (1, 2, 3)
+    ]
     assert [row["id"] for row in table] == sorted(labels, key=int)
     assert array.shape == (15, 3) and array[:, 0].tolist() == sorted(map(int, labels))
     for i, row in enumerate(table):
         assert int(row["true_label"]) == labels[row["id"]] == CLASSES[array[i, 1]]
         assert int(row["predicted_label"]) == CLASSES[best[i]] == CLASSES[array[i, 2]]
         probabilities = [float(row[f"probability_{code}"]) for code in CLASSES]
-        assert probabilities == pytest.approx(members.mean(0)[i].softmax(0).tolist(), abs=1e-4)
+        calibrated = (members.mean(0)[i] / np.mean(temperatures)).softmax(0)
+        assert probabilities == pytest.approx(calibrated.tolist(), abs=1e-4)
         assert float(row["confidence"]) == max(probabilities)
         assert float(row["agreement"]) == pytest.approx(
             (members[:, i].argmax(1) == best[i]).float().mean().item(), abs=1e-5
@@ -144,7 +148,7 @@ def test_bare_weights_take_the_architecture_from_flags(
         shutil.copytree(weights / f"Fold_{k}", bare / f"Fold_{k}")
     options = "--n_head 4 --mlp3 [64,32] --sub_classes [1,3,9] --npixel 6"
     output = run_inference(folder, bare, tmp_path / "out", options, monkeypatch)
-    known = run_inference(folder, weights, tmp_path / "known", "", monkeypatch)
+    known = run_inference(folder, weights, tmp_path / "known", "--fold all", monkeypatch)
     assert (output / "predictions.csv").read_bytes() == (known / "predictions.csv").read_bytes()
 
 
