@@ -23,9 +23,9 @@ from data.classes import read_class_names
 from data.draws import stream_key
 from data.folds import fold_splits, read_folds, read_parts
 from data.metadata import choose_nomenclature, read_info
+from data.packing import check_folder
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
-from data.store import check_folder
 from dataset import PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
 from learning.calibration import CALIBRATION, Calibration
 from learning.checkpoints import (

@@ -16,7 +16,7 @@ import inference
 import train
 from common.errors import UserError
 from common.files import write_bytes
-from data.store import open_store
+from data.packing import open_store
 from dataset import PixelSetData
 from learning import predictions
 from learning.checkpoints import STATE
