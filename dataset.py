@@ -34,9 +34,10 @@ from data.metadata import (
     season_start_before,
 )
 from data.moments import NORM, PUBLISHED_NORM
+from data.packing import check_folder, list_parcels, open_store
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE, DataSettings
-from data.store import check_folder, find_missing, list_parcels, open_store
+from data.store import find_missing
 
 PARCELS_PER_PART = 32  # a batch is prepared in parts that stay in the cache
 UNKNOWN = -1  # target of a parcel without a label among the classes
@@ -461,10 +462,10 @@ class PixelSetData(Dataset):
         pixels = self.store.parcel(self._places[item]).astype(np.float64)[:, self.calendar(item)[1]]
         if not len(pixels):
             return np.full(pixels.shape[1:], np.nan if self.varying else 0.0)
-        missing = find_missing(pixels.transpose(1, 2, 0), self.store.nodata)
+        missing = find_missing(pixels, self.store.nodata, axis=2)
         if missing is not None:
-            n = (~missing).sum(1)[:, None]
-            total = np.where(missing.T[:, :, None], 0, pixels).sum(0)
+            n = (~missing).sum(0)[:, None]
+            total = np.where(missing[:, :, None], 0, pixels).sum(0)
             return np.where(n > 0, total / np.maximum(n, 1), np.nan)
         return pixels.mean(0)
 

@@ -14,8 +14,8 @@ from typing import Any
 from common.errors import UserError, as_user_error
 from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
 from data.metadata import choose_nomenclature
+from data.packing import check_folder
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
-from data.store import check_folder
 from dataset import PixelSetData, PixelSetData_preloaded, find_norm
 from models.architecture import Architecture, Size, chosen_encoder, default_settings, flags, known_encoders
 

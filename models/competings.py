@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from data.batch import send
 from models.architecture import Size
-from models.layers import PositionalTable, Positions, check_all_dates, mlp
+from models.layers import PositionalTable, Positions, check_all_dates, count_dates, mlp
 from models.ltae import SIZES
 
 GRU_SIZES = {"hidden_dim": Size(156, "size of the GRU's hidden state")}
@@ -43,8 +44,14 @@ class GRU(nn.Module):
         self.position_enc = positional_table(positions, in_channels)
         self.gru_cell = nn.GRU(in_channels, hidden_dim, batch_first=True)  # name fixed by published weights
 
-    def forward(self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None) -> Tensor:
-        """Encodes x (B, L, in_channels) as (B, hidden_dim); days and present, (B, L), as in `LTAE.forward`.
+    def forward(
+        self,
+        x: Tensor,
+        days: Tensor | None = None,
+        present: Tensor | None = None,
+        n_dates: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Encodes x (B, L, in_channels) as (B, hidden_dim); days, present and n_dates as in `LTAE.forward`.
 
         The dates are read in the order given, those present first.
         """
@@ -54,9 +61,13 @@ class GRU(nn.Module):
             return self.gru_cell(x)[0][:, -1]
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # exported
             return self._by_dates(x, present)
-        lengths = present.sum(1).clamp(min=1).cpu()
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        return self.gru_cell(packed)[1][0]  # the state after each parcel's last date
+        lengths = torch.tensor(count_dates(present, n_dates)).clamp(min=1)
+        lengths, order = lengths.sort(
+            descending=True, stable=True
+        )  # here, or else the host would wait for a GPU
+        there, back = (send(index, x.device) for index in (order, order.argsort()))
+        packed = pack_padded_sequence(x.index_select(0, there), lengths, batch_first=True)
+        return self.gru_cell(packed)[1][0].index_select(0, back)  # the state after each parcel's last date
 
     def _by_dates(self, x: Tensor, present: Tensor) -> Tensor:
         """The same date by date, in a form whose export takes any number of them: absent ones leave the state as it is."""
@@ -121,19 +132,26 @@ class TempConv(nn.Module):
         self.conv1d = nn.Sequential(*layers)  # names fixed by published weights
         self.linear = mlp([nker[-1] * seq_len, *nfc])
 
-    def forward(self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        days: Tensor | None = None,
+        present: Tensor | None = None,
+        n_dates: Sequence[int] | None = None,
+    ) -> Tensor:
         """Encodes x (B, L, input_size) as (B, nfc[-1]); without a grid, L must be seq_len and every date present.
 
         Args:
             x: (B, L, input_size).
             days: of each date, (B, L); needed with a grid.
             present: whether each date is there, (B, L); None if all are.
+            n_dates: how many of each parcel are, B numbers, if the host knows them.
         """
         if self.grid is not None:
             if days is None:
-                raise ValueError("this TempCNN interpolates to a grid of days; give it a data.batch.Series.")
-            x, days = interpolate(x, days, present, self.grid), None
-        check_all_dates(x, None if self.grid is not None else present, self.seq_len)
+                raise ValueError("this TempCNN interpolates to a grid of days; give it a data.batch.Batch.")
+            x, days, present = interpolate(x, days, present, self.grid), None, None
+        check_all_dates(x, self.seq_len, present, n_dates)
         if self.position_enc is not None:
             x = self.position_enc(x, days)
         return self.linear(self.conv1d(x.transpose(1, 2)).flatten(1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Series
+from data.batch import Batch
 from models.pse import PixelSet, split_input
 from models.weights import choose_folds, load_weights, read_checkpoint
 
@@ -31,7 +31,7 @@ class Ensemble(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def member_log_probabilities(self, input: PixelSet | Series) -> Tensor:
+    def member_log_probabilities(self, input: PixelSet | Batch) -> Tensor:
         """Every member's log-softmax, (members, B, K)."""
         if self._is_first_batch:
             self._is_first_batch = False
@@ -40,28 +40,28 @@ class Ensemble(nn.Module):
         logits = [output[0] if isinstance(output, tuple) else output for output in outputs]
         return torch.log_softmax(torch.stack(logits), dim=2)
 
-    def forward(self, input: PixelSet | Series) -> Tensor:
+    def forward(self, input: PixelSet | Batch) -> Tensor:
         """Mean over the members of their log-softmax, (B, K)."""
         return self.member_log_probabilities(input).mean(0)
 
-    def predict_class(self, input: PixelSet | Series) -> Tensor:
+    def predict_class(self, input: PixelSet | Batch) -> Tensor:
         """Index of the most likely class of each parcel, (B,)."""
         return self(input).argmax(1)
 
     @torch.no_grad()
-    def embed(self, input: PixelSet | Series) -> Tensor:
+    def embed(self, input: PixelSet | Batch) -> Tensor:
         """Every member's `embed`, (members, B, mlp4[0]); each member has a space of its own."""
         return torch.stack([member.embed(input) for member in self.members])
 
     @torch.no_grad()
-    def attention(self, input: PixelSet | Series) -> Tensor:
+    def attention(self, input: PixelSet | Batch) -> Tensor:
         """Every member's `attention`, (members, H, B, L); head h of one has nothing to do with head h of another."""
         return torch.stack([member.attention(input) for member in self.members])
 
 
-def warn_unless_normalised(input: PixelSet | Series) -> None:
+def warn_unless_normalised(input: PixelSet | Batch) -> None:
     """Warns of pixels that are plainly not normalised: large numbers, or many of which none is below 0."""
-    pixels = input.pixels if isinstance(input, Series) else split_input(input)[0][0]
+    pixels = input.pixels if isinstance(input, Batch) else split_input(input)[0][0]
     if pixels.abs().median() > 10 or (len(pixels) >= 8 and pixels.min() >= 0):
         warnings.warn(
             f"the pixels are not normalised, they are from {pixels.min():g} to {pixels.max():g}, so the predictions mean "

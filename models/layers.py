@@ -50,12 +50,13 @@ class PositionalTable(nn.Module):
     def forward(self, x: Tensor, days: Tensor | None = None) -> Tensor:
         """Adds to the dates of x, (B, L, E), their rows of the table, or those computed from their days (B, L)."""
         if days is not None:
-            if torch.compiler.is_compiling():  # how many days differ is not known when a model is exported
+            # How many days differ is not known when a model is exported, nor to the host of a GPU without waiting for it.
+            if torch.compiler.is_compiling() or days.device.type != "cpu":
                 return x + self.encode(days.flatten()).to(x.dtype).view(*days.shape, -1)
             different, index = torch.unique(days, return_inverse=True)  # many parcels share a day
             return x + self.encode(different).to(x.dtype).index_select(0, index.flatten()).view_as(x)
         if self.weight is None:
-            raise ValueError("this model computes positions from days; give it a data.batch.Series.")
+            raise ValueError("this model computes positions from days; give it a data.batch.Batch.")
         rows = self.weight[self.first_row : self.first_row + x.shape[1]]
         if len(rows) < x.shape[1]:
             raise ValueError(f"the series has {x.shape[1]} dates but the model was made for {len(rows)}.")
@@ -95,12 +96,14 @@ class DateProjection(nn.Sequential):
         super().__init__(nn.Conv1d(in_channels, d_model, 1), nn.LayerNorm(shape))
         self.n_dates = n_dates
 
-    def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, present: Tensor | None = None, n_dates: Sequence[int] | None = None
+    ) -> Tensor:
         conv, norm = self
         x = nn.functional.linear(x, conv.weight.squeeze(2), conv.bias)  # (B, L, d_model)
         if self.n_dates is None:
             return norm(x)
-        check_all_dates(x, present, self.n_dates)
+        check_all_dates(x, self.n_dates, present, n_dates)
         return nn.functional.layer_norm(x, x.shape[1:], norm.weight.t(), norm.bias.t(), norm.eps)
 
 
@@ -144,11 +147,16 @@ def trainable_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-def check_all_dates(x: Tensor, present: Tensor | None, n_dates: int) -> None:
-    """Raises ValueError unless all of x (B, n_dates, E) is there: for encoders that know no other number of dates."""
-    if x.shape[1] != n_dates or (present is not None and not present.all()):
+def count_dates(present: Tensor, n_dates: Sequence[int] | None) -> Sequence[int]:
+    """How many dates of each parcel are there, B numbers: as told, else counted, for which the host of a GPU waits."""
+    return present.sum(1).tolist() if n_dates is None else n_dates
+
+
+def check_all_dates(x: Tensor, expected: int, present: Tensor | None, n_dates: Sequence[int] | None) -> None:
+    """Raises ValueError unless all of x (B, expected, E) is there: for encoders that know no other number of dates."""
+    if x.shape[1] != expected or (present is not None and min(count_dates(present, n_dates)) < expected):
         raise ValueError(
-            f"this model was made for series of exactly {n_dates} dates, all present; train one for varying dates."
+            f"this model was made for series of exactly {expected} dates, all present; train one for varying dates."
         )
 
 

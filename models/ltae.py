@@ -93,7 +93,11 @@ class LTAE(nn.Module):
         self.outlayernorm = nn.LayerNorm(n_neurons[-1])
 
     def forward(
-        self, x: Tensor, days: Tensor | None = None, present: Tensor | None = None
+        self,
+        x: Tensor,
+        days: Tensor | None = None,
+        present: Tensor | None = None,
+        n_dates: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Encodes a series.
 
@@ -101,13 +105,14 @@ class LTAE(nn.Module):
             x: (B, L, in_channels).
             days: of each date, (B, L); None for those the encoder was made for.
             present: whether each date is there, (B, L); None if all are.
+            n_dates: how many of each parcel are, B numbers, if the host knows them.
 
         Returns:
             (B, n_neurons[-1]); with return_att also the attention (H, B, L).
         """
         x = self.inlayernorm(x)
         if self.inconv is not None:
-            x = self.inconv(x, present)
+            x = self.inconv(x, present, n_dates)
         x = self.position_enc(x, days)
         x, attention = self.attention_heads(x, present)
         x = self.outlayernorm(self.dropout(self.mlp(x)))

@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.batch import send
 from models.fast.pooling import pool_mean_std
 from models.layers import mlp
 
@@ -73,39 +75,41 @@ class PixelSetEncoder(nn.Module):
         self.mlp1 = nn.ModuleList(linlayer(n_in, n_out) for n_in, n_out in zip(mlp1[:-1], mlp1[1:]))
         self.mlp2 = mlp(mlp2, last="norm")
 
-    def forward(self, input: PixelSet, present: Tensor | None = None) -> Tensor:
+    def forward(self, input: PixelSet, n_dates: Sequence[int] | None = None) -> Tensor:
         """Encodes a batch.
 
         Args:
             input: ((pixels, mask), extra), or (pixels, mask) without extra features. pixels (B, L, C, S); mask
                 (B, L, S), 1 for a pixel of the parcel and 0 for one that fills the set up; extra (B, L, F).
                 Fastest if pixels is a view of pixel-major memory (B, S, L, C), as `dataset.py` loads them.
-            present: which dates each parcel has, (B, L), its first ones; None if all. The others enter nothing.
+            n_dates: how many dates each parcel has, B numbers, its first ones; None if all. The others enter nothing.
 
         Returns:
-            (B, L, mlp2[-1]); 0 for a date that is not present.
+            (B, L, mlp2[-1]); 0 for a date that a parcel does not have.
         """
         (pixels, mask), extra = split_input(input)
         if self.with_extra and extra is None:
             raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
         B, L, _, _ = pixels.shape
-        parcel, date = (None, None) if present is None else present.nonzero(as_tuple=True)
-        rows = None if present is None else parcel * L + date  # the dates that are there
+        rows = None  # the dates that are there; computed by the host, which thereby knows how many there are
+        if n_dates is not None:
+            rows = send(np.flatnonzero(np.arange(L) < np.asarray(n_dates)[:, None]), pixels.device)
         if self._can_fuse(pixels):
-            n_dates = None if present is None else present.sum(1).tolist()
-            features = [x.flatten(0, 1) for x in pool_mean_std(pixels, mask, self.mlp1, n_dates)]
-            features = features if present is None else [x.index_select(0, rows) for x in features]
-        elif present is None:
+            sets = pool_mean_std(pixels, mask, self.mlp1, n_dates)
+            features = [
+                x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows) for x in sets
+            ]
+        elif rows is None:
             features = [x.flatten(0, 1) for x in self._pool(pixels, mask)]
-        else:  # every date that is present as a parcel of one date
+        else:  # every date that is there as a parcel of one date
+            parcel, date = rows // L, rows % L
             sets = self._pool(pixels[parcel, date].unsqueeze(1), mask[parcel, date].unsqueeze(1))
             features = [x.flatten(0, 1) for x in sets]
         if self.with_extra:
-            extra = extra.to(pixels.dtype)
-            extra = extra.flatten(0, 1)
-            features.append(extra if present is None else extra.index_select(0, rows))
+            extra = extra.to(pixels.dtype).flatten(0, 1)
+            features.append(extra if rows is None else extra.index_select(0, rows))
         encoded = self.mlp2(torch.cat(features, dim=1))
-        if present is None:
+        if rows is None:
             return encoded.view(B, L, -1)
         return encoded.new_zeros(B * L, encoded.shape[1]).index_copy(0, rows, encoded).view(B, L, -1)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.batch import Series, present_first
+from data.batch import Batch, present_first, send
 from models import competings, ltae, tae
 from models.architecture import Architecture, register
 from models.competings import GRU, TempConv
@@ -45,13 +45,13 @@ class PseClassifier(nn.Module):
         self.temporal_encoder = temporal_encoder
         self.decoder = get_decoder(mlp4)
 
-    def forward(self, input: PixelSet | Series) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, input: PixelSet | Batch) -> Tensor | tuple[Tensor, Tensor]:
         """Classifies a batch of parcels.
 
         Args:
             input: ((pixels, mask), extra), or (pixels, mask) without extra features: pixels (B, L, C, S), mask
                 (B, L, S) of 0 and 1, extra (B, L, F); all dates are present and those the model was made for. Or a
-                `Series`, whose positions are computed from its days.
+                `Batch`, whose positions are computed from its days.
 
         Returns:
             Logits (B, K); with return_att a tuple of logits and attention (H, B, L). In evaluation mode, those of a
@@ -61,11 +61,11 @@ class PseClassifier(nn.Module):
         logits = self.decoder(encoded)
         return logits if attention is None else (logits, attention)
 
-    def embed(self, input: PixelSet | Series) -> Tensor:
+    def embed(self, input: PixelSet | Batch) -> Tensor:
         """The vector of each parcel that the decoder takes, (B, mlp4[0]); in evaluation NaN without observation."""
         return self._encode(input)[0]
 
-    def attention(self, input: PixelSet | Series) -> Tensor:
+    def attention(self, input: PixelSet | Batch) -> Tensor:
         """Each head's attention to each date, (H, B, L), whatever return_att is; it sums to 1 over the dates.
 
         Raises:
@@ -80,18 +80,20 @@ class PseClassifier(nn.Module):
         finally:
             encoder.return_att = asked
 
-    def _encode(self, input: PixelSet | Series) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, input: PixelSet | Batch) -> tuple[Tensor, Tensor | None]:
         """The vector of each parcel, (B, mlp4[0]), and, with return_att, the attention (H, B, L)."""
-        if isinstance(input, Series):
-            return self._encode_series(input)
+        if isinstance(input, Batch):
+            return self._encode_dates(input)
         encoded = self.temporal_encoder(self.spatial_encoder(input))
         return encoded if isinstance(encoded, tuple) else (encoded, None)
 
-    def _encode_series(self, series: Series) -> tuple[Tensor, Tensor | None]:
-        L = series.mask.shape[1]
-        (pixels, mask, extra, days), present, place = present_first(series)
-        x = self.spatial_encoder((pixels, mask) if extra is None else ((pixels, mask), extra), present)
-        encoded = self.temporal_encoder(x, days, present)
+    def _encode_dates(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The same of parcels whose dates differ, or of which some are absent."""
+        L = batch.mask.shape[1]
+        batch, place = present_first(batch)
+        n_dates, present = batch.present.sum(1).tolist(), send(batch.present, batch.mask.device)
+        x = self.spatial_encoder(batch.published(), n_dates)
+        encoded = self.temporal_encoder(x, batch.days, present, n_dates)
         encoded, attention = encoded if isinstance(encoded, tuple) else (encoded, None)
         if not self.training:
             encoded = encoded.masked_fill(~present.any(1, keepdim=True), torch.nan)

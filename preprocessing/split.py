@@ -26,8 +26,8 @@ from common.flags import Parser, non_negative, positive
 from common.flags import seed as parse_seed
 from data.metadata import read_nomenclatures
 from data.outlines import OUTLINES, to_ground
+from data.packing import check_folder, list_parcels
 from data.settings import LABELS
-from data.store import check_folder
 from preprocessing.parcels import read_outlines
 from reports.cartography import PALETTE, fill, frame_panel, outline_paths
 from reports.plots import save_figure
@@ -105,7 +105,7 @@ def split(
     folder = Path(folder)
     meta, source = folder / "META", Path(parcels or folder / "META" / OUTLINES)
     check_folder(folder)
-    ids = _read_ids(folder)
+    ids = np.array(list_parcels(folder), np.int64)
     classes = _read_classes(folder, ids, labels)
     outlines = to_ground(read_outlines(source, id_column)).set_index("id")
     missing = ids[~np.isin(ids, outlines.index)]
@@ -128,18 +128,6 @@ def split(
     for line in describe(blocks, classes, part):
         print(line)
     print(f"Folds: {meta / FOLDS} for train.py --folds; picture: {meta / PICTURE}")
-
-
-def _read_ids(folder: Path) -> np.ndarray:
-    """Ids of the parcels with a file in DATA, in increasing order."""
-    names = [path.stem for path in (folder / "DATA").glob("[!.]*.npy")]
-    wrong = [name for name in names if not (name.isascii() and name.isdigit())]
-    if wrong or not names:
-        found = f"{wrong[0]}.npy" if wrong else "nothing"
-        raise UserError(
-            f"{folder / 'DATA'} contains {found}; expected one <id>.npy per parcel, ids whole numbers."
-        )
-    return np.sort(np.array(names, np.int64))
 
 
 def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray:

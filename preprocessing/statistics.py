@@ -18,87 +18,34 @@ from common.flags import Parser
 from common.progress import progress_bar
 from data.metadata import read_info
 from data.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
-from data.store import check_folder, find_missing
+from data.packing import Files, check_folder, read_headers
+from data.store import check_values, find_missing
 from preprocessing.parcels import read_outlines
 
-Shapes = dict[Path, tuple[int, int, int]]
 
-
-def read_shapes(folder: Path) -> Shapes:
-    """Shape (T, C, S) of every file of DATA, in the order of ids.
-
-    Raises:
-        UserError: if there are none, one cannot be read, or channels differ.
-    """
-    shapes = {
-        path: _open(path).shape for path in progress_bar(_list_files(folder), "reading headers", "files")
-    }
-    first = next(iter(shapes))
-    for path, shape in shapes.items():
-        if shape[1] != shapes[first][1]:
-            raise UserError(
-                f"{path} has {shape[1]} channels, but {first} has {shapes[first][1]}; all parcels must agree."
-            )
-    if not any(shape[2] for shape in shapes.values()):
-        raise UserError(f"no file in {folder / 'DATA'} contains a pixel.")
-    return shapes
-
-
-def scan(shapes: Shapes, per: str | None, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
+def scan(files: Files, per: str | None, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of all pixels, each read once.
 
     Args:
-        shapes: from `read_shapes`.
+        files: of the dataset folder.
         per: see `Moments`; None for "date" where all parcels have as many dates, else "channel".
         nodata: value that, in all channels, marks a missing pixel, besides NaN.
 
     Raises:
         UserError: if the number of dates differs in statistics per date, or a pixel is NaN in some channels only.
     """
-    dates = {shape[0] for shape in shapes.values()}
-    if per == "date" and len(dates) > 1:
+    fewest, most = files.shapes[:, 0].min(), files.shapes[:, 0].max()
+    if per == "date" and fewest < most:
         raise UserError(
-            f"parcels have from {min(dates)} to {max(dates)} dates; statistics per date need the same number for all, "
-            "use --per channel."
+            f"parcels have from {fewest} to {most} dates; statistics per date need the same number for all, use --per "
+            "channel."
         )
-    moments = Moments(per or ("date" if len(dates) == 1 else "channel"))
-    for path in progress_bar(shapes, "mean and standard deviation", "parcels"):
-        values = _open(path)
-        try:
-            missing = find_missing(values, nodata)
-        except ValueError as error:
-            raise UserError(
-                f"{path} has a pixel that is NaN in some channels only ({error}); expected NaN in all or none."
-            ) from error
-        moments.add(values, missing)
+    moments = Moments(per or ("date" if fewest == most else "channel"))
+    for i, path in enumerate(progress_bar(files.paths, "mean and standard deviation", "parcels")):
+        values = files.read(i)
+        check_values(path, values, nodata)
+        moments.add(values, find_missing(values, nodata, axis=1))
     return moments.result()
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """The files of all parcels, in the order of their ids."""
-    check_folder(folder)
-    files = [path for path in (folder / "DATA").glob("*.npy") if path.stem.isdigit()]
-    if not files:
-        raise UserError(
-            f"{folder / 'DATA'} contains no .npy file named by a whole number; expected one <id>.npy per parcel."
-        )
-    return sorted(files, key=lambda path: int(path.stem))
-
-
-def _open(path: Path) -> np.ndarray:
-    """A parcel's pixels (T, C, S), memory-mapped if there are any."""
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        try:
-            values = np.load(path, allow_pickle=False)  # one without pixels cannot be mapped
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{path} cannot be read ({error}); write it again with numpy.save.") from error
-    if values.ndim != 3 or values.dtype.kind not in "uif":
-        raise UserError(
-            f"{path} holds {values.dtype} of shape {values.shape}; expected numbers (dates, channels, pixels)."
-        )
-    return values
 
 
 def geometrical_features(path: Path, sizes: dict[str, int]) -> dict[str, list[float]]:
@@ -172,14 +119,14 @@ def main() -> None:
     nodata = args.nodata
     if nodata is None:
         nodata = read_info(folder).get("nodata")
-    shapes = read_shapes(folder)
-    sizes = {path.stem: shape[2] for path, shape in shapes.items()}
+    found = read_headers(folder)
+    sizes = dict(zip(map(str, found.ids), found.shapes[:, 2].tolist()))
     contents = {}
     if meta / "sizes.json" in wanted:
         contents[meta / "sizes.json"] = sizes
     if meta / "geomfeat.json" in wanted:
         contents[meta / "geomfeat.json"] = geometrical_features(meta / "parcels.gpkg", sizes)
-    norm = scan(shapes, args.per, nodata) if files[0] in wanted else None
+    norm = scan(found, args.per, nodata) if files[0] in wanted else None
     with as_user_error(OSError, prefix="a file cannot be written: "):
         meta.mkdir(exist_ok=True)
         for path, content in contents.items():

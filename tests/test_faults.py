@@ -17,7 +17,7 @@ import train
 from common.errors import UserError
 from common.files import write_bytes
 from common.processes import together
-from data.store import open_store
+from data.packing import open_store
 from dataset import PixelSetData
 from learning import crossvalidation, predictions
 from learning.checkpoints import STATE

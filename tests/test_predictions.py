@@ -13,8 +13,8 @@ from scipy.optimize import minimize_scalar
 
 from common.arrays import load_arrays
 from data.folds import fold_splits
+from data.packing import open_store
 from data.parts import PARTS, Parts, fingerprints
-from data.store import open_store
 from learning import predictions
 from learning.calibration import Calibration, Logits, fit_temperature
 from learning.predictions import OUTPUTS, Jury, Predictions

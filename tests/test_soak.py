@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from data.store import open_store
+from data.packing import open_store
 from dataset import PixelSetData
 from learning import crossvalidation
 from learning.checkpoints import FoldProgress

@@ -135,10 +135,10 @@ def test_geometrical_features(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no array", "1.npy cannot be read"),
+        (b"no array", "1.npy is not a NumPy array file"),
         (np.zeros((5, 3, 2)), "2.npy has 4 channels, but"),
-        (np.zeros((5, 4)), "1.npy holds float64 of shape (5, 4)"),
-        (np.array([[[np.nan], [1], [1], [1]]] * 5), "NaN in some channels only"),
+        (np.zeros((5, 4, 2, 1)), "1.npy has shape (5, 4, 2, 1)"),
+        (np.array([[[np.nan], [1], [1], [1]]] * 5), "NaN in some of its channels only"),
     ],
 )
 def test_wrong_files_are_named(tmp_path, monkeypatch, capsys, content, message):

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data import moments
+from data import moments, packing
 from data import store as module
-from data.store import PixelStore, open_store
+from data.packing import Files, open_store
+from data.store import PixelStore
 from tests.folders import write_folder
 from tests.processes import contents, kill_at_every_stage, start, stop_when, wait, wait_until_stopped, watch
 
@@ -84,7 +85,7 @@ def test_a_pickled_store_is_opened_again_not_copied(tmp_path):
 def test_second_opening_packs_nothing(folder, monkeypatch):
     first = open_store(folder)
     before = {path: path.stat().st_mtime_ns for path in first.path.rglob("*")}
-    monkeypatch.delattr(module, "_pack")
+    monkeypatch.delattr(packing, "_pack")
     second = open_store(folder)
     assert second.path == first.path
     assert {path: path.stat().st_mtime_ns for path in first.path.rglob("*")} == before
@@ -160,7 +161,7 @@ def test_pixels_are_packed_once_for_every_value_that_means_missing(folder, monke
     values[2, :, 0] = 200  # one pixel on one date
     np.save(folder / "DATA" / "7.npy", values)
     plain = open_store(folder)
-    monkeypatch.delattr(module, "_pack")
+    monkeypatch.delattr(packing, "_pack")
     other = open_store(folder, nodata=200)
     place = other.ids.tolist().index(7)
     assert other.path == plain.path and plain.complete.all()
@@ -171,7 +172,7 @@ def test_pixels_are_packed_once_for_every_value_that_means_missing(folder, monke
     expected = (pixels * present[:, :, None]).sum(0) / present.sum(0)[:, None]
     np.testing.assert_allclose(means[0], pixels.mean(0), rtol=1e-6)
     np.testing.assert_allclose(means[1], expected, rtol=1e-6)
-    monkeypatch.setattr(module, "_presence", None)  # known already
+    monkeypatch.setattr(module, "presence", None)  # known already
     for nodata, complete in ((None, plain.complete), (200, other.complete)):
         np.testing.assert_array_equal(open_store(folder, nodata=nodata).complete, complete)
 
@@ -196,7 +197,7 @@ def test_other_files_beside_the_parcels_do_not_matter(folder):
 def test_a_folder_that_moves_keeps_its_pack(folder, tmp_path, monkeypatch):
     open_store(folder)
     folder.rename(tmp_path / "moved")
-    monkeypatch.delattr(module, "_pack")
+    monkeypatch.delattr(packing, "_pack")
     check(open_store(tmp_path / "moved"), tmp_path / "moved")
 
 
@@ -273,25 +274,25 @@ def test_two_processes_at_once_pack_once(folder, tmp_path):
 
 
 def test_a_failed_packing_leaves_nothing(folder, monkeypatch):
-    def interrupt(name: Path, header: object) -> None:
+    def interrupt(files: Files, i: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_read_values", interrupt)
+    monkeypatch.setattr(Files, "read", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_store(folder)
     assert not packs(folder)
 
 
 def test_a_file_that_changes_while_it_is_packed_is_reported(folder, monkeypatch):
-    read = module._read_header
+    read = packing._read_header
 
-    def replace(name: Path) -> module.Header:
+    def replace(name: Path) -> tuple[tuple[int, int, int], np.dtype]:
         header = read(name)
         if name.name == "7.npy":
             np.save(name, np.ones((5, 4, 3)))
         return header
 
-    monkeypatch.setattr(module, "_read_header", replace)
+    monkeypatch.setattr(packing, "_read_header", replace)
     with pytest.raises(UserError, match=r"7\.npy changed or vanished"):
         open_store(folder)
     assert not packs(folder)
@@ -319,7 +320,7 @@ def test_a_folder_that_may_only_be_read_is_reported(folder, monkeypatch, tmp_pat
     def refuse(*args: object, **kwargs: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module, "FileLock", refuse)  # root writes anywhere, whatever a folder's mode says
+    monkeypatch.setattr(packing, "FileLock", refuse)  # root writes anywhere, whatever a folder's mode says
     with pytest.raises(UserError, match=r"cannot be written in .*\(Permission denied\); .* --cache_dir"):
         open_store(folder)
 

@@ -123,7 +123,7 @@ def test_items_equal_the_batch(folder):
         series, label, parcel = dataset[item]
         n = len(series.days)
         assert series.mask.shape == (n, S) and (series.mask.sum(1) > 0).all()
-        for one, whole in zip(series, data):
+        for one, whole in zip(series[:4], data[:4]):
             assert torch.equal(one, whole[i, :n])
         assert (label, parcel) == (target[i], ids[i])
 
