@@ -27,7 +27,7 @@ from common.flags import seed as parse_seed
 from data.metadata import read_nomenclatures
 from data.outlines import OUTLINES, to_ground
 from data.settings import LABELS
-from data.store import check_folder
+from data.store import list_parcels
 from preprocessing.parcels import read_outlines
 from reports.cartography import PALETTE, fill, frame_panel, outline_paths
 from reports.plots import save_figure
@@ -104,8 +104,7 @@ def split(
     """
     folder = Path(folder)
     meta, source = folder / "META", Path(parcels or folder / "META" / OUTLINES)
-    check_folder(folder)
-    ids = _read_ids(folder)
+    ids = np.array(list_parcels(folder))
     classes = _read_classes(folder, ids, labels)
     outlines = to_ground(read_outlines(source, id_column)).set_index("id")
     missing = ids[~np.isin(ids, outlines.index)]
@@ -128,18 +127,6 @@ def split(
     for line in describe(blocks, classes, part):
         print(line)
     print(f"Folds: {meta / FOLDS} for train.py --folds; picture: {meta / PICTURE}")
-
-
-def _read_ids(folder: Path) -> np.ndarray:
-    """Ids of the parcels with a file in DATA, in increasing order."""
-    names = [path.stem for path in (folder / "DATA").glob("[!.]*.npy")]
-    wrong = [name for name in names if not (name.isascii() and name.isdigit())]
-    if wrong or not names:
-        found = f"{wrong[0]}.npy" if wrong else "nothing"
-        raise UserError(
-            f"{folder / 'DATA'} contains {found}; expected one <id>.npy per parcel, ids whole numbers."
-        )
-    return np.sort(np.array(names, np.int64))
 
 
 def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray:
@@ -199,21 +186,14 @@ def _kilometres(text: str) -> float:
 def main() -> None:
     """Command line: python -m preprocessing.split DIR --blocks KM."""
     parser = Parser(description="Cuts a dataset into spatial blocks and deals them to folds.")
-    parser.add_argument("folder", metavar="DIR", help="dataset folder")
-    parser.add_argument(
-        "--blocks", type=_kilometres, required=True, metavar="KM", help="side of a block in kilometres"
-    )
-    parser.add_argument("--kfold", type=positive, default=5, help="number of parts, at least 3")
-    parser.add_argument(
-        "--seed", type=parse_seed, default=1, help="seed of the order in which blocks are dealt"
-    )
-    parser.add_argument(
-        "--parcels", help=f"outlines of the parcels; without it META/{OUTLINES} of the dataset"
-    )
-    parser.add_argument("--id_column", default="id", help="column with the dataset's ids in the outlines")
-    parser.add_argument(
-        "--labels", help=f"nomenclature to balance (default: {LABELS}, or the first there is)"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="dataset folder")
+    add("--blocks", type=_kilometres, required=True, metavar="KM", help="side of a block in kilometres")
+    add("--kfold", type=positive, default=5, help="number of parts, at least 3")
+    add("--seed", type=parse_seed, default=1, help="seed of the order in which blocks are dealt")
+    add("--parcels", help=f"outlines of the parcels; without it META/{OUTLINES} of the dataset")
+    add("--id_column", default="id", help="column with the dataset's ids in the outlines")
+    add("--labels", help=f"nomenclature to balance (default: {LABELS}, or the first there is)")
     args = parser.parse_args()
     if args.kfold < 3:
         raise UserError(

@@ -18,7 +18,7 @@ from common.flags import Parser
 from common.progress import progress_bar
 from data.metadata import read_info
 from data.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
-from data.store import check_folder, find_missing
+from data.store import check_folder, find_missing, list_parcels
 from preprocessing.parcels import read_outlines
 
 Shapes = dict[Path, tuple[int, int, int]]
@@ -30,9 +30,8 @@ def read_shapes(folder: Path) -> Shapes:
     Raises:
         UserError: if there are none, one cannot be read, or channels differ.
     """
-    shapes = {
-        path: _open(path).shape for path in progress_bar(_list_files(folder), "reading headers", "files")
-    }
+    paths = [folder / "DATA" / f"{parcel}.npy" for parcel in list_parcels(folder)]
+    shapes = {path: _open(path).shape for path in progress_bar(paths, "reading headers", "files")}
     first = next(iter(shapes))
     for path, shape in shapes.items():
         if shape[1] != shapes[first][1]:
@@ -72,17 +71,6 @@ def scan(shapes: Shapes, per: str | None, nodata: float | None) -> tuple[np.ndar
             ) from error
         moments.add(values, missing)
     return moments.result()
-
-
-def _list_files(folder: Path) -> list[Path]:
-    """The files of all parcels, in the order of their ids."""
-    check_folder(folder)
-    files = [path for path in (folder / "DATA").glob("*.npy") if path.stem.isdigit()]
-    if not files:
-        raise UserError(
-            f"{folder / 'DATA'} contains no .npy file named by a whole number; expected one <id>.npy per parcel."
-        )
-    return sorted(files, key=lambda path: int(path.stem))
 
 
 def _open(path: Path) -> np.ndarray:
