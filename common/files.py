@@ -1,9 +1,11 @@
-"""Files written completely or not at all, and read with errors that name them."""
+"""Files and folders written completely or not at all, and read with errors that name them."""
 
 import json
 import math
 import os
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,24 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what `write_bytes` leaves in a folder, and in those within, if its process is killed."""
     for path in folder.rglob(f".*{_UNFINISHED}"):
         path.unlink(missing_ok=True)
+
+
+def check_new(folder: Path) -> None:
+    """Raises a UserError unless a folder is empty or not there yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; name a new one or remove it.")
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder beside a new one, to write into; it takes the new one's name once it is complete, else it goes."""
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        complete = Path(temporary) / folder.name
+        complete.mkdir()
+        yield complete
+        complete.rename(folder)
 
 
 def write_json(path: Path, value: Any) -> None:

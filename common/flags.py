@@ -42,6 +42,13 @@ def parse_number(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """Reads a number that is neither infinite nor nan."""
+    if not math.isfinite(parse_number(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not finite")
+    return float(text)
+
+
 def parse_widths(text: str) -> list[int]:
     """Reads a list of layer widths, all of at least 1."""
     widths = parse_list(text)

@@ -25,11 +25,8 @@ from preprocessing.archives import is_archive, unpack
 
 SERVER = "https://zenodo.org"
 RECORDS = {"sentinel-agri": 5815488, "weights": 3929717}
-ATTEMPTS, PATIENCE, TIMEOUT = (
-    5,
-    2.0,
-    60.0,
-)  # attempts in a row without a byte; seconds between them; seconds without answer
+ATTEMPTS = 5  # in a row without a byte
+PATIENCE, TIMEOUT = 2.0, 60.0  # seconds between attempts, and without an answer
 CHUNK = 2**20
 
 
@@ -96,13 +93,9 @@ def read_record(number: int, server: str = SERVER) -> list[File]:
             record = json.loads(answer.read(2**24))
         files = [_read_file(entry, server) for entry in record["files"]]
     except urllib.error.HTTPError as error:
-        raise UserError(
-            f"{url} answers {error.code} ({error.reason}); look at it in a browser, or try later."
-        ) from error
+        raise UserError(f"{url} answers {error.code} ({error.reason}); look at it in a browser.") from error
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"{url} cannot be reached ({_reason(error)}); check the connection and try again."
-        ) from error
+        raise UserError(f"{url} cannot be reached ({_reason(error)}); check the connection.") from error
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{url} does not describe files as expected ({error}); download them with a browser and unpack them."
@@ -114,16 +107,15 @@ def read_record(number: int, server: str = SERVER) -> list[File]:
 
 def _read_file(entry: dict[str, Any], server: str) -> File:
     """An entry of a record; its name becomes a file's name, its address is asked, so neither is taken on trust."""
-    file = File(entry["key"], entry["size"], entry["checksum"], entry["links"]["self"])
-    if not re.fullmatch(r"\w[\w .()+-]*", file.name):
-        raise ValueError(f"{file.name!r} is no plain file name")
-    if not isinstance(file.size, int) or file.size < 0:
-        raise ValueError(f"the size of {file.name} is {file.size!r}")
-    if not re.fullmatch(r"(md5|sha1|sha256|sha512):[0-9a-f]+", file.checksum):
-        raise ValueError(f"the checksum of {file.name} is {file.checksum!r}")
-    scheme = server.split(":")[0]
-    if not file.url.startswith(f"{scheme}://"):
-        raise ValueError(f"the address of {file.name} is {file.url!r}")
+    file = File(entry["key"], int(entry["size"]), entry["checksum"], entry["links"]["self"])
+    patterns = {
+        "name": r"\w[\w .()+-]*",
+        "checksum": r"(md5|sha1|sha256|sha512):[0-9a-f]+",
+        "url": re.escape(server.split(":")[0]) + "://.*",
+    }
+    for what, pattern in patterns.items():
+        if not re.fullmatch(pattern, getattr(file, what)):
+            raise ValueError(f"the {what} of {file.name} is {getattr(file, what)!r}")
     return file
 
 
@@ -176,11 +168,11 @@ def _fetch_rest(file: File, part: Path) -> str:
                 places = progress_bar(range(start, file.size, CHUNK), file.name, "MiB")
                 target.writelines(answer.read(min(CHUNK, file.size - place)) for place in places)
     except urllib.error.HTTPError as error:
-        if error.code < 500 and error.code not in (408, 429):  # those that waiting does not help
-            raise UserError(
-                f"{file.url} answers {error.code} ({error.reason}); look at it in a browser."
-            ) from error
-        return f"{error.code} {error.reason}"
+        if error.code in (408, 429) or error.code >= 500:  # those that waiting helps
+            return f"{error.code} {error.reason}"
+        raise UserError(
+            f"{file.url} answers {error.code} ({error.reason}); look at it in a browser."
+        ) from error
     except (OSError, http.client.HTTPException) as error:
         return _reason(error)
     return "the connection ended early"

@@ -21,8 +21,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError, as_user_error, run_cli
-from common.files import write_bytes, write_json
-from common.flags import Parser, positive
+from common.files import check_new, write_bytes, write_json
+from common.flags import Parser, finite, positive
 
 LEFT_OUT = "left_out.csv"
 
@@ -30,56 +30,35 @@ LEFT_OUT = "left_out.csv"
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = Parser(description="Makes a dataset folder from satellite images and parcel outlines.")
-    group = parser.add_argument_group("input and output")
-    group.add_argument(
-        "--images",
-        required=True,
-        help="folder, glob pattern in quotes, or STAC item collection; names contain dates",
-    )
-    group.add_argument("--parcels", required=True, help="file with the outlines, in any vector format")
-    group.add_argument("--output", required=True, help="dataset folder to write, new or empty")
-    group = parser.add_argument_group("parcels")
-    group.add_argument("--label_column", help="column of the labels; without it, the dataset has none")
-    group.add_argument("--class_column", help="column of the labels' names, where labels are numbers")
-    group.add_argument("--id_column", help="column of the ids; without it, parcels are numbered from 1")
-    group.add_argument("--layer", help="layer of the parcels' file; needed where it has several")
-    group.add_argument(
-        "--buffer", type=_number, default=0.0, help="metres by which outlines grow; negative: shrink"
-    )
-    group.add_argument("--min_pixels", type=positive, default=1, help="leave out parcels with fewer pixels")
-    group.add_argument(
-        "--skip_invalid", action="store_true", help="leave out empty outlines instead of stopping"
-    )
-    group = parser.add_argument_group("images")
-    group.add_argument(
-        "--bands", nargs="+", help="names or numbers of the bands; without it, all of the first image"
-    )
-    group.add_argument("--nodata", type=_number, help="value of missing pixels, besides what the files name")
-    group.add_argument(
-        "--cloud_mask", help="band of the images, or pattern of files in quotes, that shows clouds"
-    )
-    group.add_argument(
-        "--clear", type=int, nargs="+", help="values of the cloud mask where the ground is seen"
-    )
-    group.add_argument("--scale", type=_number, help="factor of all values, such as 0.0001; writes float32")
-    group = parser.add_argument_group("computing")
-    group.add_argument("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
-    group.add_argument("--scheduler", help="address of a Dask scheduler whose workers read the images")
+    add = parser.add_argument_group("input and output").add_argument
+    images = "folder, glob pattern in quotes, or STAC item collection; names contain dates"
+    add("--images", required=True, help=images)
+    add("--parcels", required=True, help="file with the outlines, in any vector format")
+    add("--output", required=True, help="dataset folder to write, new or empty")
+    add = parser.add_argument_group("parcels").add_argument
+    add("--label_column", help="column of the labels; without it, the dataset has none")
+    add("--class_column", help="column of the labels' names, where labels are numbers")
+    add("--id_column", help="column of the ids; without it, parcels are numbered from 1")
+    add("--layer", help="layer of the parcels' file; needed where it has several")
+    add("--buffer", type=finite, default=0.0, help="metres by which outlines grow; negative: shrink")
+    add("--min_pixels", type=positive, default=1, help="leave out parcels with fewer pixels")
+    add("--skip_invalid", action="store_true", help="leave out empty outlines instead of stopping")
+    add = parser.add_argument_group("images").add_argument
+    add("--bands", nargs="+", help="names or numbers of the bands; without it, all of the first image")
+    add("--nodata", type=finite, help="value of missing pixels, besides what the files name")
+    add("--cloud_mask", help="band of the images, or pattern of files in quotes, that shows clouds")
+    add("--clear", type=int, nargs="+", help="values of the cloud mask where the ground is seen")
+    add("--scale", type=finite, help="factor of all values, such as 0.0001; writes float32")
+    add = parser.add_argument_group("computing").add_argument
+    add("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
+    add("--scheduler", help="address of a Dask scheduler whose workers read the images")
     return parser.parse_args()
 
 
-def _number(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not finite")
-    return value
-
-
 def _gigabytes(text: str) -> float:
-    value = float(text)
-    if not 0.05 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0.05")
-    return value
+    if finite(text) < 0.05:
+        raise argparse.ArgumentTypeError(f"{text!r} is not at least 0.05")
+    return float(text)
 
 
 def main() -> None:
@@ -94,8 +73,7 @@ def main() -> None:
     if args.scale == 0:
         raise UserError("--scale is 0; give the factor that turns values into reflectances, such as 0.0001.")
     output = Path(args.output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} exists and is not an empty folder; name a new one or remove it.")
+    check_new(output)
     with as_user_error(ImportError, prefix="preparing images needs the packages of requirements-geo.txt: "):
         from preprocessing.images.grids import place_images
         from preprocessing.images.outlines import read_parcels

@@ -13,16 +13,15 @@ crops are invented and stand for no real nomenclature.
 
 import argparse
 import json
-import pickle
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from common.errors import UserError, as_user_error, run_cli
+from common.files import write_folder
 from common.progress import progress_bar
+from data.moments import NORM, PUBLISHED_NORM, Moments, write_norm
 from preprocessing.simulation.crops import BANDS, CROPS, C
 from preprocessing.simulation.fields import FIRST_PARCELS, simulate_parcel
 from preprocessing.simulation.seasons import (
@@ -75,83 +74,35 @@ def simulate(
     if max_pixels is not None and max_pixels < 1:
         raise UserError(f"max_pixels is {max_pixels}; give at least 1.")
     check_seasons(year, irregular)
-    folder = Path(folder).resolve()
-    with as_user_error(OSError, prefix=f"The simulated dataset cannot be written to {folder}: "):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an empty folder; name a new one or remove it.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            complete = Path(temporary) / folder.name
-            complete.mkdir()
-            write_dataset(complete, parcels, seed, max_pixels, progress, year, irregular, gaps)
-            complete.rename(folder)
-
-
-def write_dataset(
-    folder: Path,
-    parcels: int,
-    seed: int,
-    max_pixels: int | None,
-    progress: bool,
-    year: int,
-    irregular: Sequence[int] | None,
-    gaps: bool,
-) -> None:
-    """Writes DATA, META and the statistics into an existing folder; arguments as in `simulate`."""
-    (folder / "DATA").mkdir()
-    (folder / "META").mkdir()
-    shared = draw_season(year, seed)
+    folder, shared = Path(folder).resolve(), draw_season(year, seed)
+    per_date = irregular is None and not gaps
     labels, sizes, geometries, dates = {}, {}, {}, {}
-    statistics = Statistics(per_date=irregular is None and not gaps)
-    for index in progress_bar(range(parcels), "simulating", "parcels", shown=progress):
-        season = shared if irregular is None else draw_own_season(year, seed, index, *irregular)
-        parcel = simulate_parcel(seed, index, max_pixels, season, gaps)
-        name = str(index + 1)
-        np.save(folder / "DATA" / f"{name}.npy", parcel.pixels)
-        labels[name], sizes[name], geometries[name] = parcel.label, parcel.pixels.shape[-1], parcel.geometry
-        dates[name] = season.dates
-        statistics.add(parcel.pixels)
-    published = shared is PUBLISHED and statistics.per_date
-    statistics.write(folder / ("S2-2017-T31TFM-meanstd.pkl" if published else "normalisation_values.pkl"))
-    meta = {
-        "labels": {"label_44class": labels},
-        "dates": {str(t): day for t, day in enumerate(shared.dates)} if irregular is None else dates,
-        "sizes": sizes,
-        "geomfeat": geometries,
-        "info": {"simulated": True, "nodata": 0 if gaps else None, "bands": BANDS},
-    }
-    for name, content in meta.items():
-        (folder / "META" / f"{name}.json").write_text(json.dumps(content))
-
-
-class Statistics:
-    """Mean and standard deviation of all pixels that are present, above 0.
-
-    Args:
-        per_date: for each date and channel, of series that share their dates and are complete; else for each channel.
-    """
-
-    def __init__(self, per_date: bool) -> None:
-        self.per_date = per_date
-        # Sums of integers are exact, so mean and standard deviation need no second pass.
-        self._count: Any = 0
-        self._total: Any = 0
-        self._squares: Any = 0
-
-    def add(self, pixels: np.ndarray) -> None:
-        """Adds a parcel's pixels, (T, C, S) uint16."""
-        if not self.per_date:
-            pixels = pixels.transpose(1, 0, 2).reshape(C, -1)
-        self._count += np.count_nonzero(pixels, axis=-1)
-        self._total += pixels.sum(-1, dtype=np.int64)
-        self._squares += np.einsum("...s,...s->...", pixels, pixels, dtype=np.int64)
-
-    def write(self, path: Path) -> None:
-        """Pickles them, (T, C) or (C,) float32 each."""
-        mean = self._total / self._count
-        deviation = np.sqrt(self._squares / self._count - mean**2)
-        # Protocol 4 writes arrays in the form that older numpy and Python releases wrote too.
-        path.write_bytes(pickle.dumps((mean.astype(np.float32), deviation.astype(np.float32)), protocol=4))
+    moments = Moments("date" if per_date else "channel")
+    with (
+        as_user_error(OSError, prefix=f"The simulated dataset cannot be written to {folder}: "),
+        write_folder(folder) as work,
+    ):
+        data, meta = work / "DATA", work / "META"
+        data.mkdir()
+        meta.mkdir()
+        for index in progress_bar(range(parcels), "simulating", "parcels", shown=progress):
+            season = shared if irregular is None else draw_own_season(year, seed, index, *irregular)
+            parcel = simulate_parcel(seed, index, max_pixels, season, gaps)
+            name, pixels = str(index + 1), parcel.pixels
+            np.save(data / f"{name}.npy", pixels)
+            labels[name], sizes[name], geometries[name] = parcel.label, pixels.shape[-1], parcel.geometry
+            dates[name] = season.dates
+            moments.add(pixels, (pixels == 0).all(1) if gaps else None)
+        write_norm(work / (PUBLISHED_NORM if shared is PUBLISHED and per_date else NORM), moments.result())
+        contents = {
+            "labels": {"label_44class": labels},
+            "dates": {str(t): day for t, day in enumerate(shared.dates)} if irregular is None else dates,
+            "sizes": sizes,
+            "geomfeat": geometries,
+            "info": {"simulated": True, "nodata": 0 if gaps else None, "bands": BANDS},
+        }
+        for name, content in contents.items():
+            (meta / f"{name}.json").write_text(json.dumps(content))
 
 
 def embedded_dataset() -> Path:
@@ -177,28 +128,17 @@ def embedded_dataset() -> Path:
 def main() -> None:
     """Command line: python -m preprocessing.simulate OUT."""
     parser = argparse.ArgumentParser(description="Writes a simulated Sentinel-Agri dataset.")
-    parser.add_argument("out", metavar="OUT", help="folder to write, new or empty")
-    parser.add_argument("--parcels", type=int, default=EMBEDDED_PARCELS, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=EMBEDDED_SEED, help="default: %(default)s")
-    parser.add_argument("--max_pixels", type=int, help="cut larger parcels to this size; default: real sizes")
-    parser.add_argument(
-        "--rasters", action="store_true", help="write images and parcel outlines instead of a dataset"
-    )
-    parser.add_argument(
-        "--year",
-        type=int,
-        help="another year: other dates, clouds and weather; default: 2017, the published dates",
-    )
-    parser.add_argument(
-        "--irregular",
-        type=int,
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="each parcel has MIN to MAX dates of its own",
-    )
-    parser.add_argument(
-        "--gaps", action="store_true", help="pixels under clouds are missing, 0, instead of mixed with cloud"
-    )
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder to write, new or empty")
+    add("--parcels", type=int, default=EMBEDDED_PARCELS, help="default: %(default)s")
+    add("--seed", type=int, default=EMBEDDED_SEED, help="default: %(default)s")
+    add("--max_pixels", type=int, help="cut larger parcels to this size; default: real sizes")
+    add("--rasters", action="store_true", help="write images and parcel outlines instead of a dataset")
+    years = "another year: other dates, clouds and weather; default: 2017, the published dates"
+    add("--year", type=int, help=years)
+    own = "each parcel has MIN to MAX dates of its own"
+    add("--irregular", type=int, nargs=2, metavar=("MIN", "MAX"), help=own)
+    add("--gaps", action="store_true", help="pixels under clouds are missing, 0, instead of mixed with cloud")
     args = parser.parse_args()
     if args.rasters:
         for name in ("max_pixels", "year", "irregular", "gaps"):
@@ -207,29 +147,23 @@ def main() -> None:
         with as_user_error(ImportError, prefix="--rasters needs the packages of requirements-geo.txt: "):
             from preprocessing.simulation.rasters import simulate_rasters
         simulate_rasters(args.out, args.parcels, args.seed)
-        print(
-            f"{args.out}: {args.parcels} simulated parcels, {T} images of {C} bands and a cloud mask; no real data"
+        what = f"{T} images of {C} bands and a cloud mask"
+    else:
+        year = PUBLISHED_YEAR if args.year is None else args.year
+        simulate(
+            args.out,
+            args.parcels,
+            args.seed,
+            max_pixels=args.max_pixels,
+            year=year,
+            irregular=args.irregular,
+            gaps=args.gaps,
         )
-        return
-    year = PUBLISHED_YEAR if args.year is None else args.year
-    simulate(
-        args.out,
-        args.parcels,
-        args.seed,
-        max_pixels=args.max_pixels,
-        year=year,
-        irregular=args.irregular,
-        gaps=args.gaps,
-    )
-    n_dates = (
-        f"{args.irregular[0]} to {args.irregular[1]}"
-        if args.irregular
-        else len(draw_season(year, args.seed).dates)
-    )
-    print(
-        f"{args.out}: {args.parcels} simulated parcels, {n_dates} dates of {year}, {len(BANDS)} bands, "
-        f"{len(CROPS)} classes; no real data"
-    )
+        n_dates = len(draw_season(year, args.seed).dates)
+        if args.irregular:
+            n_dates = f"{args.irregular[0]} to {args.irregular[1]}"
+        what = f"{n_dates} dates of {year}, {C} bands, {len(CROPS)} classes"
+    print(f"{args.out}: {args.parcels} simulated parcels, {what}; no real data")
 
 
 if __name__ == "__main__":

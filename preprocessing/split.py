@@ -187,21 +187,14 @@ def _kilometres(text: str) -> float:
 def main() -> None:
     """Command line: python -m preprocessing.split DIR --blocks KM."""
     parser = Parser(description="Cuts a dataset into spatial blocks and deals them to folds.")
-    parser.add_argument("folder", metavar="DIR", help="dataset folder")
-    parser.add_argument(
-        "--blocks", type=_kilometres, required=True, metavar="KM", help="side of a block in kilometres"
-    )
-    parser.add_argument("--kfold", type=positive, default=5, help="number of parts, at least 3")
-    parser.add_argument(
-        "--seed", type=parse_seed, default=1, help="seed of the order in which blocks are dealt"
-    )
-    parser.add_argument(
-        "--parcels", help=f"outlines of the parcels; without it META/{OUTLINES} of the dataset"
-    )
-    parser.add_argument("--id_column", default="id", help="column with the dataset's ids in the outlines")
-    parser.add_argument(
-        "--labels", help=f"nomenclature to balance (default: {LABELS}, or the first there is)"
-    )
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="dataset folder")
+    add("--blocks", type=_kilometres, required=True, metavar="KM", help="side of a block in kilometres")
+    add("--kfold", type=positive, default=5, help="number of parts, at least 3")
+    add("--seed", type=parse_seed, default=1, help="seed of the order in which blocks are dealt")
+    add("--parcels", help=f"outlines of the parcels; without it META/{OUTLINES} of the dataset")
+    add("--id_column", default="id", help="column with the dataset's ids in the outlines")
+    add("--labels", help=f"nomenclature to balance (default: {LABELS}, or the first there is)")
     args = parser.parse_args()
     if args.kfold < 3:
         raise UserError(

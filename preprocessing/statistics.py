@@ -83,16 +83,12 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(
         description="Mean and standard deviation, sizes and geometrical features of a dataset folder."
     )
-    parser.add_argument("folder", metavar="DIR", help="dataset folder, with DATA/<id>.npy")
-    parser.add_argument(
-        "--per",
-        choices=AXES,
-        help="date (and channel), channel, or all; by date where all parcels share the dates",
-    )
-    parser.add_argument(
-        "--nodata", type=float, help="value of missing pixels; without it, that of META/info.json"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="also write what is there already")
+    add = parser.add_argument
+    add("folder", metavar="DIR", help="dataset folder, with DATA/<id>.npy")
+    axes = "date (and channel), channel, or all; by date where all parcels share the dates"
+    add("--per", choices=AXES, help=axes)
+    add("--nodata", type=float, help="value of missing pixels; without it, that of META/info.json")
+    add("--overwrite", action="store_true", help="also write what is there already")
     return parser.parse_args()
 
 

@@ -212,11 +212,11 @@ def test_refuses_a_file_with_another_checksum(service: Service, tmp_path: Path) 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"key": "../evil"}, "no plain file name"),
-        ({"key": "/etc/x"}, "no plain file name"),
-        ({"size": "many"}, "the size of"),
+        ({"key": "../evil"}, "the name of"),
+        ({"key": "/etc/x"}, "the name of"),
+        ({"size": "many"}, "many"),
         ({"checksum": "none"}, "the checksum of"),
-        ({"links": {"self": "file:///etc/passwd"}}, "the address of"),
+        ({"links": {"self": "file:///etc/passwd"}}, "the url of"),
         ({"links": {}}, "does not describe files"),
     ],
 )

@@ -4,6 +4,8 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -319,15 +321,17 @@ def test_embedded_dataset_is_made_once(small_embedded_dataset, monkeypatch):
 
 
 def test_embedded_dataset_of_a_faster_process_is_kept(small_embedded_dataset, monkeypatch):
-    write_dataset = simulation.write_dataset
+    write_folder = simulation.write_folder
 
-    def overtaken(folder: Path, *arguments) -> None:
+    @contextmanager
+    def overtaken(folder: Path) -> Iterator[Path]:
         """Another process finishes while this one writes."""
-        monkeypatch.setattr(simulation, "write_dataset", write_dataset)
-        simulate(small_embedded_dataset, 100, seed=77, progress=False)
-        write_dataset(folder, *arguments)
+        monkeypatch.setattr(simulation, "write_folder", write_folder)
+        with write_folder(folder) as work:
+            yield work
+            simulate(small_embedded_dataset, 100, seed=77, progress=False)
 
-    monkeypatch.setattr(simulation, "write_dataset", overtaken)
+    monkeypatch.setattr(simulation, "write_folder", overtaken)
     assert embedded_dataset() == small_embedded_dataset
     kept = np.load(small_embedded_dataset / "DATA" / "1.npy")
     np.testing.assert_array_equal(kept, simulate_parcel(77, 0).pixels)

@@ -1,4 +1,4 @@
-"""Reads the pixels of all parcels from images, block by block, on threads or a Dask cluster."""
+"""Reads the pixels of all parcels from images, block by block."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -18,9 +18,7 @@ from preprocessing.images.grids import Footprint, Grid, windows
 from preprocessing.images.outlines import to_metres
 
 _CHUNK = 2**20  # pixels that are sorted at a time
-_CELL = (
-    1024  # parcels are ordered by cells of so many pixels, so that neighbours in space are neighbours on disk
-)
+_CELL = 1024  # pixels of a cell; parcels are ordered by cells, so that neighbours in space are so on disk
 
 
 @dataclass
@@ -109,9 +107,8 @@ def lay_out(outlines: GeoSeries, grids: Sequence[Grid], buffer: float, folder: P
     on_grid = [prepare_outlines(outlines, grid, buffer) for grid in grids]
     bounds = [series.bounds.to_numpy() for series in on_grid]
     geometries = [series.to_numpy() for series in on_grid]
-    kept: list[list[tuple]] = [
-        [] for _ in grids
-    ]  # parcel, number of pixels, places that cover it, how filled
+    # Parcel, number of pixels, places that cover it, how filled.
+    kept: list[list[tuple]] = [[] for _ in grids]
     with ExitStack() as stack:
         files = [stack.enter_context(open(folder / f"pixels-{g}", "wb")) for g in range(len(grids))]
         stack.enter_context(Env())  # one for all: rasterio would make one per parcel

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, as_user_error
 
 THREADS = 4  # that read and decompress blocks on this machine
 PATIENCE = "10s"  # with a scheduler that does not answer
@@ -32,21 +32,23 @@ def open_workers(scheduler: str | None, function: Callable[..., Any], path: str)
         with ThreadPoolExecutor(THREADS) as executor:
             yield executor.submit, THREADS
         return
-    try:
+    with as_user_error(ImportError, prefix="--scheduler needs the packages of requirements-geo.txt: "):
         from dask.distributed import Client
-    except ImportError as error:
-        raise UserError("--scheduler needs Dask; install requirements-geo.txt.") from error
-    try:
+    unreachable = f"no Dask scheduler answers at {scheduler}; start one or leave --scheduler out: "
+    with as_user_error(OSError, ValueError, TypeError, prefix=unreachable):
         client = Client(scheduler, timeout=PATIENCE)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"no Dask scheduler answers at {scheduler} ({error}); start one or leave --scheduler out."
-        ) from error
     with client:
         workers = sum(client.nthreads().values())
         if not workers:
             raise UserError(f"the Dask scheduler at {scheduler} has no workers; start some.")
-        _check_workers(client, function, path)
+        advice = "start workers with the repository's folder in PYTHONPATH and the packages of requirements-geo.txt"
+        with as_user_error(Exception, prefix=f"a Dask worker cannot run this code; {advice}: "):
+            client.run(callable, function)  # whatever its import raises there
+        for worker, sees in client.run(os.path.exists, path).items():
+            if not sees:
+                raise UserError(
+                    f"the Dask worker {worker} does not see {path}; mount the images there under the same path."
+                )
         yield partial(_submit, client), workers
 
 
@@ -60,22 +62,6 @@ def _submit(client: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
     return client.submit(run, pickle.dumps((function, arguments)), pure=False)
-
-
-def _check_workers(client: Any, function: Callable[..., Any], path: str) -> None:
-    """Raises a UserError unless every worker can import a function and sees a file."""
-    try:
-        client.run(callable, function)
-    except Exception as error:  # whatever its import raises there
-        raise UserError(
-            f"a Dask worker cannot run this code ({error}); start workers with the repository's folder in PYTHONPATH, "
-            "in an environment with requirements.txt and requirements-geo.txt."
-        ) from error
-    for worker, sees in client.run(os.path.exists, path).items():
-        if not sees:
-            raise UserError(
-                f"the Dask worker {worker} does not see {path}; mount the images there under the same path."
-            )
 
 
 def run_ahead(

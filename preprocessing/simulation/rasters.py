@@ -4,7 +4,6 @@ OUT/images/sim_YYYYMMDD.tif has ten bands and one named CLOUD: 0 clear, 1 cloud,
 outlines and the columns parcel (whole numbers) and crop (text); some have holes or several parts, a few overlap.
 """
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +20,7 @@ from scipy.special import expit
 from shapely import Polygon, affinity
 
 from common.errors import UserError, as_user_error
+from common.files import write_folder
 from common.progress import progress_bar
 from preprocessing.simulation.crops import BANDS, CLOUD, SOIL, TYPICAL, C
 from preprocessing.simulation.fields import draw_crop, draw_pixels
@@ -47,15 +47,12 @@ def simulate_rasters(folder: str | Path, parcels: int, seed: int, progress: bool
     if parcels < 1 or seed < 0:
         raise UserError(f"parcels is {parcels} and seed {seed}; give at least 1 and 0.")
     folder = Path(folder).resolve()
-    with as_user_error(OSError, prefix=f"the simulated images cannot be written to {folder}: "):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an empty folder; name a new one or remove it.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            complete = Path(temporary) / folder.name
-            (complete / "images").mkdir(parents=True)
-            _write(complete, parcels, seed, progress)
-            complete.rename(folder)
+    with (
+        as_user_error(OSError, prefix=f"the simulated images cannot be written to {folder}: "),
+        write_folder(folder) as work,
+    ):
+        (work / "images").mkdir()
+        _write(work, parcels, seed, progress)
 
 
 def draw_outline(row: int, column: int, rng: Generator) -> Polygon:
@@ -101,22 +98,11 @@ def _write(folder: Path, parcels: int, seed: int, progress: bool) -> None:
 
 def _create(folder: Path, date: int, height: int, width: int) -> DatasetWriter:
     """An empty image."""
+    form = {"driver": "GTiff", "height": height, "width": width, "count": C + 1, "dtype": "uint16"}
+    place = {"crs": CRS, "transform": from_origin(*_ORIGIN, 10, 10)}
+    tiles = {"tiled": True, "blockxsize": STRIP, "blockysize": STRIP, "interleave": "band"}
     file = rasterio.open(
-        folder / f"sim_{date}.tif",
-        "w",
-        driver="GTiff",
-        height=height,
-        width=width,
-        count=C + 1,
-        dtype="uint16",
-        crs=CRS,
-        transform=from_origin(*_ORIGIN, 10, 10),
-        tiled=True,
-        blockxsize=STRIP,
-        blockysize=STRIP,
-        compress="deflate",
-        predictor=2,
-        interleave="band",
+        folder / f"sim_{date}.tif", "w", **form, **place, **tiles, compress="deflate", predictor=2
     )
     file.descriptions = (*BANDS, "CLOUD")
     return file
