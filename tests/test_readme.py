@@ -1,7 +1,7 @@
-"""What README.md says: its commands run, its table is right.
+"""What README.md and the pages in docs/ say: their commands run, their tables are right.
 
-The commands run in a folder with `path/to/dataset` a small simulated dataset. Training commands get
-a few more flags, so that they take seconds: few folds, epochs and pixels.
+The commands run in a folder with `path/to/dataset` a small simulated dataset, page by page in the order in which README.md
+links to them. Training commands get a few more flags, so that they take seconds: few folds, epochs and pixels.
 """
 
 import multiprocessing
@@ -18,28 +18,37 @@ from pathlib import Path
 import pytest
 
 import benchmarks.__main__ as benchmark
+import figure2  # noqa: F401  # and with it what the other scripts import: once here, not once per command
+import inference  # noqa: F401
+import train  # noqa: F401
 from benchmarks import measure
 from benchmarks.cases import Sides
 from learning.options import DataShape, resolve_architecture
 from models.architecture import read_preset
 from models.layers import trainable_parameters
-from tests.processes import PATIENCE, start, wait
+from tests.processes import PATIENCE, start, start_ranks, wait
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+NAMES = dict.fromkeys(re.findall(r"\]\(docs/(\w+\.md)", README))  # in order, each once
+PAGES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in NAMES}
+TEXT = "\n".join(
+    [README, *(page for name, page in PAGES.items() if name != "extending.md")]
+)  # see test_extending.py
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.S)
 SHELL = [line.split("#")[0].strip() for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
-COMMANDS = [line for line in SHELL if line.startswith("python ")]
+COMMANDS = [line for line in SHELL if line.startswith(("python ", "torchrun "))]
 SHORT = "--epochs 1 --kfold 3 --npixel 4"
 FILES = {"figure2.py": {"res_dir": "figure2.png"}}
 
 
-def run(words: list[str], folder: Path) -> str:
+def run(words: list[str], folder: Path, n_ranks: int = 1) -> str:
     """What a command prints that begins with `python`; in a child, where torch need not be imported again.
 
     Args:
         words: of the command, after `python`: a script, or -m and a module.
         folder: where it runs.
+        n_ranks: number of processes that run it together.
     """
     module, place = (words[1], 1) if words[0] == "-m" else (words[0].removesuffix(".py"), 0)
 
@@ -49,9 +58,10 @@ def run(words: list[str], folder: Path) -> str:
             sys.modules.pop(name, None)
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
-    log = folder / "log"
+    log, words = folder / "log", words[place + 1 :]
     log.unlink(missing_ok=True)
-    assert wait(start(main, words[place + 1 :], log)) == 0, f"{shlex.join(words)}\n{log.read_text()}"
+    children = start_ranks(main, words, log, n_ranks) if n_ranks > 1 else [start(main, words, log)]
+    assert [wait(child) for child in children] == n_ranks * [0], f"{shlex.join(words)}\n{log.read_text()}"
     return log.read_text()
 
 
@@ -84,17 +94,19 @@ def test_every_command_is_known() -> None:
     """Commands of another kind than those tested here must not slip in untested."""
     others = {line for line in SHELL if line and line not in COMMANDS}
     assert others == {"make train", "make test"}  # what .ci/run calls
-    assert (
-        "make train" in (ROOT / ".ci" / "run").read_text()
-        and "make test" in (ROOT / ".ci" / "run").read_text()
-    )
+    runner = (ROOT / ".ci" / "run").read_text()
+    assert "make train" in runner and "make test" in runner
     assert {shlex.split(command)[1] for command in COMMANDS} >= {"train.py", "inference.py", "-m"}
+    assert {kind for kind, _ in BLOCKS} == {"sh", "python", "text", "bibtex"}
+    assert len(set(COMMANDS)) == len(COMMANDS)
 
 
 def test_commands_run_in_the_order_given(clone: Path) -> None:
     pytest.importorskip("rasterio", reason="needs requirements-geo.txt")
     for command in COMMANDS:
-        words = shlex.split(command)[1:]
+        program, *words = shlex.split(command)
+        n_ranks = int(words[words.index("--nproc_per_node") + 1]) if program == "torchrun" else 1
+        words = words[2:] if program == "torchrun" else words
         if words[0] in ("train.py", "figure2.py"):
             words += SHORT.split()
         if "--rasters" in words:
@@ -105,12 +117,11 @@ def test_commands_run_in_the_order_given(clone: Path) -> None:
             for path in (clone / "results" / "ltae").glob("Fold_*"):
                 shutil.copytree(path, clone / "path" / "to" / "weights" / path.name)
             words[words.index("--kfold") + 1] = "3"
-        output = run(words, clone)
-        for name in ("res_dir", "output_dir"):
-            if f"--{name}" in words:
-                written = clone / words[words.index(f"--{name}") + 1]
-                files = {"res_dir": "overall.json", "output_dir": "predictions.csv"} | FILES.get(words[0], {})
-                assert (written / files[name]).exists()
+        output = run(words, clone, n_ranks)
+        for flag, file in {"res_dir": "overall.json", "output_dir": "predictions.csv", "export": ""}.items():
+            if f"--{flag}" in words:
+                written = clone / words[words.index(f"--{flag}") + 1]
+                assert (written / FILES.get(words[0], {}).get(flag, file)).exists()
         assert output
 
 
@@ -151,16 +162,16 @@ def test_random_forest_that_the_table_names(clone: Path) -> None:
     assert re.search(r"accuracy \d+\.\d%, mIoU 0\.\d+", output)
 
 
-def test_python_example_runs_on_the_trained_weights(clone: Path) -> None:
-    (example,) = [block for kind, block in BLOCKS if kind == "python"]
+def test_python_examples_run_on_the_trained_weights(clone: Path) -> None:
+    first, second = [block for kind, block in BLOCKS if kind == "python"]
     run(shlex.split(f"train.py --dataset_folder path/to/dataset --res_dir example {SHORT}"), clone)
-    (clone / "example.py").write_text(example.replace("results/ltae", "example"))
+    (clone / "example.py").write_text((first + second).replace("results/ltae", "example"))
     output = run_anew(["example.py"], clone)
-    assert re.fullmatch(r"1 \d+ 0\.\d+\n", output)
+    assert re.fullmatch(r"1 \d+ 0\.\d+\n3 False\n", output)
 
 
 def test_table_of_configurations() -> None:
-    rows = re.findall(r"^\| `(\w+/\w+)` \|(.*)\| ([\d,]+) \| ([\d,]+) \|$", README, flags=re.M)
+    rows = re.findall(r"^\| `(\w+/\w+)` \|(.*)\| ([\d,]+) \| ([\d,]+) \|$", TEXT, flags=re.M)
     assert len(rows) == 26
     for name, settings, temporal, total in rows:
         architecture = resolve_architecture({}, read_preset(name), DataShape(10, 24, 4, 20, range(24)))
@@ -172,7 +183,19 @@ def test_table_of_configurations() -> None:
 
 
 def test_names_no_flag_that_does_not_exist(tmp_path: Path) -> None:
-    scripts = [*re.findall(r"python (\w+\.py)", README), *re.findall(r"python (-m [\w.]+)", README)]
-    help_text = "".join(run([*script.split(), "--help"], tmp_path) for script in sorted(set(scripts)))
-    for flag in set(re.findall(r"--\w+", README)):
-        assert flag in help_text or flag == "--nproc_per_node", flag  # of torchrun
+    scripts = {*re.findall(r"python (\w+\.py)", TEXT), *re.findall(r"python (-m [\w.]+)", TEXT)}
+    help_text = "".join(run([*script.split(), "--help"], tmp_path) for script in sorted(scripts))
+    for flag in set(re.findall(r"--\w+", TEXT)):
+        assert re.search(rf"{flag}\b", help_text) or flag == "--nproc_per_node", flag  # of torchrun
+
+
+def test_defaults_in_the_table_of_flags(tmp_path: Path) -> None:
+    help_text = " ".join(run(["train.py", "--help"], tmp_path).split())
+    rows = re.findall(r"^\| (`--[^|]+) \|[^|]+\| ([\d\[][^|a-z]*) \|$", PAGES["training.md"], flags=re.M)
+    defaults = {}
+    for flags, values in rows:
+        defaults |= zip(re.findall(r"--\w+", flags), re.findall(r"\[[\d,]+\]|[\d.]+", values), strict=True)
+    assert len(defaults) >= 10 and defaults["--d_model"] == "256"
+    for flag, value in defaults.items():
+        (found,) = re.findall(rf" {flag} [A-Z]\w* (?:(?! --).)*?\(default: ([^)]+)\)", help_text)
+        assert found in (value, f"{value}.0"), flag

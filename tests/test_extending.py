@@ -1,0 +1,147 @@
+"""The code of docs/extending.md runs as it stands there, and does what the page says."""
+
+import csv
+import importlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import inference
+import models
+import train
+from data.batch import Series
+from learning.run import open_run
+from models.architecture import Architecture
+from models.layers import DAYS
+from preprocessing.simulate import simulate
+from tests.processes import start, wait
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S))
+SCRIPTS = {"train.py": train.main, "inference.py": inference.main}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with datasets in it and the new files, where commands run."""
+    folder = tmp_path_factory.mktemp("clone")
+    simulate(folder / "path" / "to" / "dataset", 120, seed=3, progress=False, max_pixels=6)
+    simulate(folder / "irregular", 120, 3, False, 6, irregular=(3, 6), gaps=True)
+    for text in SECTIONS.values():
+        for path, code in re.findall(r"^`([\w/]+\.py)`:\n\n```python\n(.*?)```", text, flags=re.M | re.S):
+            assert not (ROOT / path).exists()
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(code)
+    return folder
+
+
+def run(act: Callable[[], None], command: list[str], clone: Path) -> str:
+    """What a child prints that knows the new files; they do not reach other tests."""
+
+    def main() -> None:
+        os.chdir(clone)
+        models.__path__.append(str(clone / "models"))
+        act()
+
+    log = clone / "log"
+    log.unlink(missing_ok=True)
+    assert wait(start(main, command, log)) == 0, log.read_text()
+    return log.read_text()
+
+
+def commands(section: str) -> list[list[str]]:
+    """Words of a section's commands, after `python`."""
+    blocks = re.findall(r"```bash\n(.*?)```", SECTIONS[section], flags=re.S)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
+
+
+def run_commands(section: str, clone: Path, options: str = "--kfold 3 --epochs 2 --npixel 6") -> str:
+    output = ""
+    for script, *words in commands(section):
+        words += shlex.split(options) if script == "train.py" else []
+        output += run(SCRIPTS[script], words, clone)
+    return output
+
+
+ENCODER = "A temporal encoder"
+
+
+def test_an_encoder_trains_resumes_and_predicts(clone: Path) -> None:
+    assert "accuracy" in run_commands(ENCODER, clone)
+    config = json.loads((clone / "results" / "transformer" / "conf.json").read_text())
+    assert config["transformer"] is True and config["n_layers"] == 1 and config["n_head"] == 4
+    assert config["mlp4"][0] == config["mlp2"][-1] == 128
+    assert "PSE + Transformer" in (clone / "results" / "transformer" / "report.html").read_text()
+    with open(clone / "output" / "transformer" / "predictions.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 120
+    words = (
+        "--dataset_folder path/to/dataset --res_dir results/transformer --transformer --n_layers 1 --resume"
+    )
+    options = shlex.split(f"{words} --kfold 3 --epochs 2 --npixel 6")
+    assert "3 of 3 folds are finished" in run(train.main, options, clone)
+
+
+def test_an_encoder_is_known_by_its_flags(clone: Path) -> None:
+    def read_help() -> None:
+        with pytest.raises(SystemExit):
+            train.parse_args()
+
+    text = run(read_help, ["--help"], clone)
+    assert "--transformer" in text and "layers of the Transformer (default: 2)" in " ".join(text.split())
+    assert "--tcnn or --transformer" in " ".join(text.split())
+    options = (
+        "--dataset_folder path/to/dataset --res_dir results/narrow --transformer --mlp4 [32,20] --kfold 3"
+    )
+    run(train.main, shlex.split(f"{options} --epochs 1 --npixel 6"), clone)
+    config = json.loads((clone / "results" / "narrow" / "conf.json").read_text())
+    assert config["mlp2"] == [132, 32] and config["mlp4"] == [32, 20]
+
+
+def test_an_encoder_takes_dates_that_vary(clone: Path) -> None:
+    options = "--dataset_folder irregular --res_dir results/irregular --transformer --temporal_dropout 0.3"
+    run(train.main, shlex.split(f"{options} --kfold 3 --epochs 1 --npixel 6"), clone)
+
+    def predict() -> None:
+        predicted = open_run("results/irregular").predict(device="cpu")
+        known = np.array([label is not None for label in predicted.labels])
+        assert np.isfinite(predicted.probabilities[known]).all() and known.sum() > 100
+        print("predicted", np.isnan(predicted.probabilities[~known]).all())
+
+    assert "predicted True" in run(predict, [], clone)
+
+
+def test_absent_dates_do_not_change_the_vector_of_an_encoder(clone: Path) -> None:
+    def compare() -> None:
+        importlib.import_module("models.transformer")
+        torch.manual_seed(1)
+        architecture = Architecture(
+            "transformer", n_dates=None, sizes={"n_head": 4, "n_layers": 2, "dropout": 0.1}
+        )
+        assert architecture.hyperparameters()["positions"] == DAYS
+        model = architecture.build()
+        x, mask = torch.randn(3, 5, 10, 4), torch.ones(3, 5, 4)
+        extra, days = (
+            torch.randn(3, 1, 4).expand(-1, 5, -1),
+            torch.tensor([[0.0, 9, 20, 31, 60]]).expand(3, -1),
+        )
+        mask[0, 2:], mask[1, 1], mask[2] = 0, 0, 0
+        vectors = model.eval().embed(Series(x, mask, extra, days))
+        alone = model.embed(Series(x[:1, :2], mask[:1, :2], extra[:1, :2], days[:1, :2]))
+        torch.testing.assert_close(vectors[:1], alone)
+        rest = [0, 2, 3, 4]
+        alone = model.embed(Series(x[1:2, rest], mask[1:2, rest], extra[1:2, rest], days[1:2, rest]))
+        torch.testing.assert_close(vectors[1:2], alone)
+        assert vectors[2].isnan().all()
+        model.train()(Series(x, mask, extra, days)).sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        print("compared")
+
+    assert "compared" in run(compare, [], clone)
