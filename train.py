@@ -19,7 +19,7 @@ from common.machine import describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, main_first, n_ranks, together
 from common.progress import Clock, format_time
 from data.classes import read_class_names
-from data.folds import fold_splits, read_folds, read_parts
+from data.folds import describe_splits, fold_splits, read_folds, read_splits
 from data.metadata import read_info
 from data.parts import Parts, data_key, fingerprints
 from dataset import PixelSetData
@@ -100,7 +100,7 @@ def parse_args() -> argparse.Namespace:
     parser.set_defaults(npixel=None, **asdict(Training()))
     args = parser.parse_args()
     if args.folds:
-        args.kfold = len(read_parts(args.folds))
+        args.kfold = len(read_splits(args.folds))
     if args.batch_size < 2:
         raise UserError(
             "--batch_size is 1; training needs at least 2 parcels per batch for its batch statistics."
@@ -130,9 +130,13 @@ def main() -> None:
     if dataset.n_unobserved:
         print(f"Left out: {dataset.n_unobserved} parcels without any observation")
     if args.folds:
-        splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist())
+        splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), args.rdm_seed)
     else:
         splits = fold_splits(len(dataset), args.kfold, args.rdm_seed)
+    class_names = read_class_names(dataset.folder, settings.labels)
+    names = [class_names.get(str(label), str(label)) for label in settings.classes]
+    for line in describe_splits(splits, dataset.target, names):
+        print(line)
     data = DataShape.of(dataset, len(settings.classes))
     architecture = resolve_architecture(typed_architecture(args), preset, data)
     about = vars(args) | {
@@ -141,7 +145,7 @@ def main() -> None:
         "varying_dates": dataset.varying,
         "N_params": architecture.build().param_ratio(),
         "data_key": data_key(dataset.pid, dataset.target, splits),
-        "class_names": read_class_names(dataset.folder, settings.labels),
+        "class_names": class_names,
         "simulated": bool(read_info(dataset.folder).get("simulated")),
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "device": str(device),

@@ -10,61 +10,97 @@ from common.errors import UserError
 from common.files import read_json
 
 Split = tuple[list[int], list[int], list[int]]
+PARTS = ("train", "validation", "test")
 _FOLDS = (
-    '{"folds": [[parcel id, ...], ...]}, one list of ids per part, as python -m preprocessing.split writes it'
+    '{"folds": [[parcel id, ...], ...]}, one list of ids per part, as python -m preprocessing.split writes it, or '
+    '{"splits": [{"train": [parcel id, ...], "validation": [...], "test": [...]}, ...]}'
 )
 
 
-def read_parts(path: str | Path) -> list[list[int]]:
-    """The parts of a folds file, each a list of parcel ids.
+def read_splits(path: str | Path) -> list[dict[str, list[int]]]:
+    """Ids of the training, validation and test parcels of every fold of a folds file.
+
+    Of a file of parts, {"folds": [...]}, fold k tests part k, validates on the next and trains on the rest. A file of
+    {"splits": [...]} lists them itself; ids may be in no part, and "validation" may be left out.
 
     Raises:
-        UserError: if the file is something else, has fewer than three parts or names a parcel twice.
+        UserError: if the file is something else, has fewer than three parts, or names a parcel twice.
     """
     content = read_json(Path(path), _FOLDS)
-    parts = content.get("folds") if isinstance(content, dict) else None
+    content = content if isinstance(content, dict) else {}
+    if isinstance(content.get("splits"), list):
+        splits = [_read_split(path, number, split) for number, split in enumerate(content["splits"], start=1)]
+        if not splits:
+            raise UserError(f"{path} has no split; expected {_FOLDS}.")
+        return splits
+    parts = content.get("folds")
     if not isinstance(parts, list) or not all(isinstance(part, list) for part in parts):
         raise UserError(f"{path} is something else; expected {_FOLDS}.")
     if len(parts) < 3:
         raise UserError(
             f"{path} has {len(parts)} part(s); at least 3 are needed, one each for training, validation and test."
         )
-    part_of: dict[int, int] = {}
-    for number, part in enumerate(parts, start=1):
+    _check_ids(path, {f"part {number}": part for number, part in enumerate(parts, start=1)})
+    K = len(parts)
+    return [
+        {
+            "train": [parcel for j in range(K) if j not in (k, (k + 1) % K) for parcel in parts[j]],
+            "validation": parts[(k + 1) % K],
+            "test": parts[k],
+        }
+        for k in range(K)
+    ]
+
+
+def _read_split(path: str | Path, number: int, split: object) -> dict[str, list[int]]:
+    """One entry of "splits", checked."""
+    if not isinstance(split, dict) or not all(isinstance(split.get(part, []), list) for part in PARTS):
+        raise UserError(f"{path}: split {number} is something else; expected {_FOLDS}.")
+    _check_ids(path, {f"{part} of split {number}": split.get(part, []) for part in PARTS})
+    for part in ("train", "test"):
+        if not split.get(part):
+            raise UserError(f"{path}: split {number} has no parcel in {part!r}; name some.")
+    return {part: split.get(part, []) for part in PARTS}
+
+
+def _check_ids(path: str | Path, parts: dict[str, list]) -> None:
+    """Raises a UserError unless the parts hold ids, each of them once."""
+    part_of: dict[int, str] = {}
+    for name, part in parts.items():
         for parcel in part:
             if not isinstance(parcel, int) or isinstance(parcel, bool) or parcel < 0:
                 raise UserError(
-                    f"{path}: part {number} contains {parcel!r}; expected parcel ids, whole numbers from 0."
+                    f"{path}: {name} contains {parcel!r}; expected parcel ids, whole numbers from 0."
                 )
             if parcel in part_of:
                 raise UserError(
-                    f"{path}: parcel {parcel} is in part {part_of[parcel]} and again in part {number}; leave it in one."
+                    f"{path}: parcel {parcel} is in {part_of[parcel]} and again in {name}; leave it in one."
                 )
-            part_of[parcel] = number
-    return parts
+            part_of[parcel] = name
 
 
 def read_folds(
-    path: str | Path, ids: Sequence[str | int], known: Iterable[str | int] | None = None
+    path: str | Path, ids: Sequence[str | int], known: Iterable[str | int] | None = None, seed: int = 1
 ) -> list[Split]:
-    """Train, validation and test indices of every fold: fold k tests part k, validates on the next, trains on the rest.
+    """Train, validation and test indices of every fold of a folds file; see `read_splits`.
 
     Args:
-        path: JSON file of parts, see `read_parts`.
-        ids: ids of the dataset's parcels, in its order; each must be in exactly one part.
+        path: the file.
+        ids: ids of the dataset's parcels, in its order. Each must be in a part of a file of parts.
         known: ids that the file may name beside these, such as parcels of classes left out; none if not given.
+        seed: of the fifth of a training part that is taken where no validation part is given.
 
     Returns:
         Per fold three lists of positions in `ids`, in increasing order.
 
     Raises:
-        UserError: if a parcel is in no part or in two, a part names an unknown parcel, or a part is left empty.
+        UserError: if a parcel that must be there is in no part, a part names an unknown parcel or is left empty.
     """
-    parts = read_parts(path)
+    splits = read_splits(path)
     position = {int(parcel): i for i, parcel in enumerate(ids)}
-    named = {parcel for part in parts for parcel in part}
+    named = {parcel for split in splits for part in split.values() for parcel in part}
     missing = [parcel for parcel in position if parcel not in named]
-    if missing:
+    if missing and "splits" not in read_json(Path(path)):
         raise UserError(
             f"{path} puts parcel {missing[0]} of the dataset in no part ({len(missing)} missing in all); "
             "make the file again with python -m preprocessing.split."
@@ -75,21 +111,47 @@ def read_folds(
             f"{path} names parcel {unknown[0]}, which the dataset does not have ({len(unknown)} unknown in all); "
             "give the folds of this dataset."
         )
-    indices = [sorted(position[parcel] for parcel in part if parcel in position) for part in parts]
-    for number, part in enumerate(indices, start=1):
-        if not part:
-            raise UserError(
-                f"{path}: part {number} has no parcel of the classes to tell apart; use fewer folds or smaller blocks."
+    found = []
+    for number, split in enumerate(splits, start=1):
+        parts = {
+            part: sorted(position[parcel] for parcel in split[part] if parcel in position) for part in PARTS
+        }
+        if not split["validation"]:
+            order = np.random.default_rng((seed, number)).permutation(parts["train"])
+            n = max(1, len(order) // 5)
+            parts["train"], parts["validation"] = sorted(order[n:].tolist()), sorted(order[:n].tolist())
+        for part, indices in parts.items():
+            if not indices:
+                raise UserError(
+                    f"{path}: fold {number} has no {part} parcel of the classes to tell apart; use fewer folds or smaller "
+                    "blocks."
+                )
+        found.append(tuple(parts[part] for part in PARTS))
+    return found
+
+
+def describe_splits(splits: Sequence[Split], targets: np.ndarray, names: Sequence[str]) -> list[str]:
+    """What the parts of the folds cannot teach or tell, in words: one line per fold that lacks something.
+
+    Args:
+        splits: indices of the parts of every fold.
+        targets: class index of every parcel.
+        names: of the classes.
+    """
+    lines = []
+    for fold, (train, val, _) in enumerate(splits, start=1):
+        trained, validated = set(targets[train].tolist()), set(targets[val].tolist())
+        absent = [names[k] for k in range(len(names)) if k not in trained]
+        if absent:
+            shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            lines.append(f"Fold {fold}: no training parcel of {shown}, so no such class can be predicted")
+        if len(trained) == 1:
+            lines.append(f"Fold {fold}: all training parcels are of one class; nothing can be learned")
+        if len(validated) == 1:
+            lines.append(
+                f"Fold {fold}: all validation parcels are of one class, so its scores choose the epoch badly"
             )
-    K = len(indices)
-    return [
-        (
-            sorted(i for j in range(K) if j not in (k, (k + 1) % K) for i in indices[j]),
-            indices[(k + 1) % K],
-            indices[k],
-        )
-        for k in range(K)
-    ]
+    return lines
 
 
 def fold_splits(n_parcels: int, kfold: int, seed: int) -> list[tuple[list[int], list[int], list[int]]]:

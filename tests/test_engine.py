@@ -73,7 +73,9 @@ def test_an_epoch_takes_the_steps_that_a_plain_loop_takes() -> None:
         right += int((logits.argmax(1) == y).sum())
     for ours, theirs in zip(model.state_dict().values(), plain.state_dict().values()):
         torch.testing.assert_close(ours, theirs)
-    assert metrics["train_loss"] == pytest.approx(np.average([loss for loss, _ in losses], weights=[n for _, n in losses]))
+    assert metrics["train_loss"] == pytest.approx(
+        np.average([loss for loss, _ in losses], weights=[n for _, n in losses])
+    )
     assert metrics["train_accuracy"] == pytest.approx(100 * right / 13)
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from common.arrays import load_arrays
-from data.folds import read_parts
+from data.folds import read_splits
 from data.metadata import read_norm
 from dataset import PixelSetData, find_norm
 from learning.checkpoints import STATE, FoldProgress, finished_folds
@@ -220,7 +220,7 @@ def test_info_json(place: Path, tmp_path: Path) -> None:
 def test_folds_json(place: Path, tmp_path: Path) -> None:
     path = place / "folds.json"
     path.write_text(json.dumps({str(parcel): parcel % 3 + 1 for parcel in range(1, 13)}))
-    check_reader(path, lambda: read_parts(path), tmp_path / "log", mutate_json)
+    check_reader(path, lambda: read_splits(path), tmp_path / "log", mutate_json)
 
 
 def test_conf_json(place: Path, tmp_path: Path) -> None:

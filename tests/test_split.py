@@ -9,9 +9,9 @@ import pytest
 import train
 from common.arrays import load_arrays
 from common.errors import UserError
-from data.folds import read_folds, read_parts
+from data.folds import describe_splits, fold_splits, read_folds, read_splits
 from learning import crossvalidation
-from tests.commands import run_command, run_train
+from tests.commands import run_command, run_inference, run_train
 from tests.folders import write_folder, write_meta
 
 PARTS = [[7, 2], [30], [4, 11], [5]]
@@ -42,7 +42,7 @@ def test_parcels_of_other_classes_may_be_named(tmp_path: Path) -> None:
         UserError, match=r"names parcel 2, which the dataset does not have \(2 unknown in all\)"
     ):
         read_folds(path, kept)
-    with pytest.raises(UserError, match="part 2 has no parcel of the classes"):
+    with pytest.raises(UserError, match="no validation parcel of the classes"):
         read_folds(path, IDS[:-1], known=IDS)
 
 
@@ -144,7 +144,7 @@ def test_neighbours_share_a_part_in_any_reference_system(
     run_command(split.main, f"{folder} --blocks 10 --kfold 4", monkeypatch)
     content = json.loads((folder / "META" / "folds.json").read_text())
     assert content["blocks_km"] == 10 and content["seed"] == 1
-    parts = read_parts(folder / "META" / "folds.json")
+    parts = [split["test"] for split in read_splits(folder / "META" / "folds.json")]
     assert sorted(parcel for part in parts for parcel in part) == list(range(1, 33))
     for part in parts:
         assert len(part) == 8 and {(parcel - 1) // 2 for parcel in part} == {(p - 1) // 2 for p in part[::2]}
@@ -202,7 +202,7 @@ def test_works_without_labels(split, tmp_path: Path) -> None:
     (folder / "META" / "labels.json").unlink()
     write_outlines(folder / "META" / "parcels.gpkg", range(1, 13))
     split.split(folder, 0.1, 3)
-    assert [len(part) for part in read_parts(folder / "META" / "folds.json")] == [4, 4, 4]
+    assert [len(split["test"]) for split in read_splits(folder / "META" / "folds.json")] == [4, 4, 4]
 
 
 def test_parcels_without_a_label_are_dealt_too(split, tmp_path: Path) -> None:
@@ -212,4 +212,73 @@ def test_parcels_without_a_label_are_dealt_too(split, tmp_path: Path) -> None:
     write_meta(folder, "labels", {"crops": {"1": "maize", "2": "maize"}})
     write_outlines(folder / "META" / "parcels.gpkg", range(1, 13))
     split.split(folder, 0.1, 3)
-    assert sum(map(len, read_parts(folder / "META" / "folds.json"))) == 12
+    assert sum(len(split["test"]) for split in read_splits(folder / "META" / "folds.json")) == 12
+
+
+# ------------------------------------------------------------------------------------------- splits listed by hand
+
+
+def write_splits(path: Path, splits: object) -> Path:
+    path.write_text(json.dumps({"splits": splits}))
+    return path
+
+
+def test_splits_may_leave_parcels_out_and_overlap_between_folds(tmp_path: Path) -> None:
+    path = write_splits(
+        tmp_path / "f.json",
+        [
+            {"train": [5, 1], "validation": [2], "test": [3]},
+            {"train": [1, 2, 3, 4, 5], "test": [6, 7]},
+        ],
+    )
+    ids = [str(i) for i in range(1, 9)]  # 8 is nowhere
+    first, second = read_folds(path, ids, seed=3)
+    assert first == ([0, 4], [1], [2])
+    train, val, test = second
+    assert test == [5, 6] and len(val) == 1 and sorted(train + val) == [0, 1, 2, 3, 4]
+    assert read_folds(path, ids, seed=3)[1] == second
+    assert len({tuple(read_folds(path, ids, seed=seed)[1][1]) for seed in range(20)}) > 1  # drawn by the seed
+
+
+@pytest.mark.parametrize(
+    "splits, words",
+    [
+        ([], ["split"]),
+        ([{"train": [1], "test": []}], ["split 1", "test"]),
+        (
+            [{"train": [1], "validation": [2], "test": [3]}, {"train": [1, 2], "test": [2]}],
+            ["parcel 2", "split 2"],
+        ),
+        ([{"train": [1], "validation": 3, "test": [2]}], ["split 1"]),
+        ([{"train": [1], "validation": ["x"], "test": [2]}], ["'x'"]),
+        ([{"train": [1], "validation": [3], "test": [77]}], ["77"]),
+    ],
+)
+def test_wrong_splits_in_one_sentence(splits: object, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read_folds(write_splits(tmp_path / "f.json", splits), ["1", "2", "3"])
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_training_on_splits_and_predicting_what_they_leave_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=20)
+    parts = [{"train": [*range(1, 13)], "validation": [13, 14], "test": [15, 16]}]
+    path = write_splits(tmp_path / "f.json", parts)
+    results = run_train(folder, tmp_path / "res", f"--epochs 1 --folds {path}", monkeypatch)
+    assert load_arrays(results / "Fold_1" / "conf_mat.pkl").sum() == 2 and not (results / "Fold_2").exists()
+    output = run_inference(folder, results, tmp_path / "out", "", monkeypatch)
+    rows = (output / "predictions.csv").read_text().splitlines()[1:]
+    by = [row.split(",")[5] for row in rows]
+    assert by == ["seen"] * 14 + ["1"] * 2 + ["all"] * 4
+    assert "on 6 parcels with a known class" in capsys.readouterr().out
+
+
+def test_what_a_training_part_lacks_is_said_before() -> None:
+    targets = np.array([0, 0, 0, 1, 1, 2])
+    splits = [([0, 1], [2], [3, 4, 5]), ([3, 5, 0], [1, 4], [2])]
+    lines = describe_splits(splits, targets, ["wheat", "maize", "rape"])
+    assert all(line.startswith("Fold 1") for line in lines) and len(lines) == 3
+    assert "maize, rape" in lines[0]
+    assert describe_splits(fold_splits(60, 5, 1), np.arange(60) % 2, ["a", "b"]) == []
