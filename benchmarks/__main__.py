@@ -1,187 +1,118 @@
-"""Measures the code against its textbook form and prints one table, with the machine's own limits beside it.
+"""Measures this code against its textbook form, and dates that vary against shared ones, in one table.
 
-python -m benchmarks            some minutes on two cores
+python -m benchmarks            some ten minutes on two cores
 python -m benchmarks --quick    to see that it runs; its figures mean little
-python -m benchmarks --full     folders of up to 200,000 parcels too
 """
 
 import os
 import platform
 import tempfile
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import DEFAULT, LARGEST, N_CHANNELS, Sides, evaluate, infer, load, step, train
-from benchmarks.dates import print_dates_table
-from benchmarks.measure import CELLS, Cell, Worker, copy_rate, count_flops, gemm_rate, measure, peak_memory
+from benchmarks import measure
+from benchmarks.cases import LARGEST, Setting, write_folder
 from common.errors import run_cli
 from common.flags import Parser, positive
-from data.settings import NPIXEL
-from preprocessing.simulate import simulate
-from preprocessing.simulation.seasons import DATES
-
-USUAL: tuple[Cell, ...] = ((True, "fast"), (False, "textbook"))  # each side as its scripts run it
-MAX_PIXELS = 128  # of the simulated parcels, twice as many as are drawn
-HEADER = "| | fast | textbook | ratio | setting on both | on neither | floor |"
-ALIGNMENT = "|---|---:|---:|---:|---:|---:|---:|"
+from data.settings import NPIXEL, DataSettings
+from preprocessing.simulation.crops import C
 
 
 class Sizes(NamedTuple):
-    """How much is measured."""
+    """How much is measured, how often, and for how many seconds at least."""
 
-    cells: tuple[Cell, ...]
     parcels: int
     batch_size: int
+    npixel: int
     rounds: int
-    few_rounds: int  # of what takes long
-    small_batch_size: int  # where dates or pixels grow
-    more_parcels: tuple[int, ...]
-    dates: tuple[int, ...]
-    pixels: tuple[int, ...]
+    least: float
 
 
-NORMAL = Sizes(CELLS, 1024, 128, 7, 3, 32, (1000, 4000), (12, 24, 48, 96), (16, 64, 256))
-FULL = NORMAL._replace(more_parcels=(1000, 4000, 20_000, 50_000, 200_000))
-QUICK = Sizes(USUAL, 100, 16, 1, 1, 4, (100,), (12,), (16,))
-
-
-def parse_args() -> Namespace:
-    """Reads the command line."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--quick", action="store_true", help="tiny sizes and a single round")
-    length.add_argument("--full", action="store_true", help="folders of up to 200,000 parcels too")
-    parser.add_argument("--threads", type=positive, default=2, help="threads of PyTorch")
-    return parser.parse_args()
+NORMAL, QUICK = Sizes(512, 128, NPIXEL, 5, 0.25), Sizes(100, 8, 8, 1, 0)
+# Fewest and most dates of a parcel, None for the published ones, and whether pixels are missing.
+DATASETS = ((None, False), ((72, 72), False), ((43, 96), False), ((43, 96), True))
+NAMES = ("loader", "training step", "inference", "training epoch", "evaluation epoch")
+CASES = dict(zip(("load", "step", "infer", "train", "evaluate"), NAMES))
+Row = tuple[str, str, list[Setting]]  # name, case of `Cases`, this code and what it is compared with
 
 
 def main() -> None:
-    """Simulates folders, measures, prints."""
-    args = parse_args()
-    sizes = QUICK if args.quick else FULL if args.full else NORMAL
+    """Simulates, measures, prints."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and a single round")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="of PyTorch")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {n: f"{temporary}/{n}" for n in {sizes.parcels, *sizes.more_parcels}}
-        for n, folder in folders.items():
-            simulate(folder, n, seed=1, max_pixels=MAX_PIXELS)
-        table = Table(args.threads, sizes)
-        fill(table, sizes, folders)
-        print_dates_table(
-            table.workers[True], Path(temporary), sizes.parcels, sizes.batch_size, sizes.few_rounds
-        )
-        table.close()
+        print_table(Path(temporary), QUICK if args.quick else NORMAL, args.threads)
 
 
-class Table:
-    """The table, printed row by row.
+def list_rows(folder: Path, sizes: Sizes) -> list[Row]:
+    """Simulates datasets and lists the rows."""
+    n, B, S = sizes.parcels, sizes.batch_size, sizes.npixel
+    paths = [write_folder(folder / str(i), n, S, *kind) for i, kind in enumerate(DATASETS)]
+    published, more, own, gaps = (Setting(path, DataSettings(npixel=S), batch_size=B) for path in paths)
 
-    Args:
-        threads: threads of PyTorch in the workers.
-        sizes: how much is measured.
-    """
+    def against_textbook(name: str, case: str, **changes: object) -> Row:
+        ours = published._replace(**changes)
+        plain = ours._replace(textbook=True)
+        return name, case, [ours, plain._replace(keeps_memory=False), plain]
 
-    def __init__(self, threads: int, sizes: Sizes) -> None:
-        self.threads, self.sizes = threads, sizes
-        self.workers = {keep: Worker(keep, threads) for keep in (True, False)}
-        self.gemm, self.copy = (self.workers[True].ask(rate) for rate in (gemm_rate, copy_rate))
-        print(
-            f"{os.cpu_count()} cores, {threads} threads, {platform.system()}, PyTorch {torch.__version__}; "
-            "CUDA is not measured.\n"
-            f"Matrix product (float32) {self.gemm / 1e9:.0f} GFLOP/s, copy {self.copy / 1e9:.0f} GB/s, "
-            f"load average {load_average()}.\n\n"
-            f"Milliseconds per batch, of {sizes.batch_size} parcels where no number is given. Fast with the "
-            f"allocator setting, textbook without, unless a column says otherwise.\n\n{HEADER}\n{ALIGNMENT}"
-        )
-
-    def add(
-        self,
-        name: str,
-        case: Callable[..., Sides],
-        rounds: int,
-        cells: Sequence[Cell],
-        parcels: int | None = None,
-        **arguments: Any,
-    ) -> None:
-        """Measures a case and prints its row.
-
-        Args:
-            name: of the row.
-            case: from `benchmarks.cases`.
-            rounds: how often every cell is timed.
-            cells: what is timed.
-            parcels: size of the folder that the case goes through; None for a single batch.
-            arguments: of the case.
-        """
-        seconds = measure(self.workers, case, rounds, cells, **arguments)
-        floor = self.workers[True].ask(count_flops) / self.gemm
-        if parcels is not None:
-            B = arguments["batch_size"]
-            batches = -(-parcels // B)
-            written = 4 * B * NPIXEL * len(DATES) * N_CHANNELS  # the pixels of a batch, in bytes
-            floor = floor / batches + written / self.copy
-            seconds = {cell: value / batches for cell, value in seconds.items()}
-        self.print_row(name, {cell: 1000 * value for cell, value in seconds.items()}, f"{1000 * floor:.1f}")
-
-    def add_memory(self) -> None:
-        """Measures the memory a training step needs, each cell in a process of its own, and prints it."""
-        peak = {}
-        for keep, side in self.sizes.cells:
-            worker = Worker(keep, self.threads)
-            worker.prepare(step, preset=DEFAULT, batch_size=self.sizes.batch_size)
-            peak[keep, side] = worker.ask(peak_memory, side) / 1e6
-            worker.close()
-        self.print_row("peak memory of a step, MB", peak, "")
-
-    def print_row(self, name: str, values: dict[Cell, float], floor: str) -> None:
-        """Prints the values of the cells, their ratios, and the floor."""
-
-        def ratio(fast: Cell, textbook: Cell) -> str:
-            return f"{values[textbook] / values[fast]:.1f}" if {fast, textbook} <= values.keys() else ""
-
-        ratios = (
-            ratio((one, "fast"), (other, "textbook"))
-            for one, other in ((True, False), (True, True), (False, False))
-        )
-        columns = [name, *(f"{values[cell]:.1f}" for cell in USUAL), *ratios, floor]
-        print(f"| {' | '.join(columns)} |", flush=True)
-
-    def close(self) -> None:
-        """Ends the workers and says how busy the machine was."""
-        for worker in self.workers.values():
-            worker.close()
-        print(f"\nLoad average at the end {load_average()}; more than the cores mean a busy machine.")
+    rows = [against_textbook(name, case, jitter=case != "evaluate") for case, name in CASES.items()]
+    rows.insert(1, against_textbook("loader, without jitter", "load", jitter=False))
+    rows.insert(3, against_textbook("training step, L-TAE 3840k", "step", preset=LARGEST))
+    for case, name in CASES.items():
+        rows.append((f"{name}, 43 to 96 dates", case, [own, published, more]))
+        rows.append((f"{name}, 43 to 96 dates, gaps", case, [gaps, published, more]))
+    return rows
 
 
-def load_average() -> str:
-    """Processes that wanted to run in the last 1, 5 and 15 minutes."""
-    return ", ".join(f"{value:.1f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown"
+def print_table(folder: Path, sizes: Sizes, threads: int) -> None:
+    """Measures all rows, and prints each as soon as it is measured."""
+    rows = list_rows(folder, sizes)
+    processes = {keeps: measure.start_process(keeps, threads) for keeps in (True, False)}
+    product, copy = processes[True].submit(measure.machine_rates, sizes.least).result()
+    print(
+        f"{os.cpu_count()} cores, {threads} threads, {platform.system()}, PyTorch {torch.__version__}; matrix product "
+        f"(float32) {product / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.0f} GB/s.\n\n"
+        f"Milliseconds per 1,000 (parcel, date) pairs, in batches of {sizes.batch_size} parcels. Compared with the "
+        "textbook form, in a process with the system's allocator setting / with that of train.py; where dates vary, "
+        "with 24 / 72 dates that all parcels share.\n\n"
+        "| | this code | compared with | ratio | floor |\n|---|---:|---:|---:|---:|"
+    )
+    for name, case, settings in rows:
+        times: dict[Setting, list[float]] = {setting: [] for setting in settings}
+        for _ in range(sizes.rounds):  # in turns, so that all see the same machine
+            for setting in settings:
+                process = processes[setting.keeps_memory]
+                times[setting].append(process.submit(measure.run_time, setting, case, sizes.least).result())
+        pairs = [setting.count_pairs(case) for setting in settings]
+        floor = ""
+        if settings[-1].textbook:
+            flops = 0 if case == "load" else process.submit(measure.count_flops, settings[-1], case).result()
+            written = 0 if case in ("step", "infer") else 4 * pairs[0] * sizes.npixel * C  # float32 pixels
+            floor = f"{1e6 * (flops / product + written / copy) / pairs[0]:.2f}"
+        print_row(name, [1e6 * median(times[x]) / n for x, n in zip(settings, pairs)], floor)
+    for process in processes.values():
+        process.shutdown()
+    weights = []
+    for setting in next(settings for _, case, settings in rows if case == "step"):
+        with measure.start_process(setting.keeps_memory, threads) as process:
+            weights.append(process.submit(measure.peak_memory, setting, "step").result() / 1e6)
+    print_row("peak memory of a training step, MB", weights)
+    if hasattr(os, "getloadavg"):
+        print(f"\nLoad average {os.getloadavg()[0]:.1f}; more than the cores mean a busy machine.")
 
 
-def fill(table: Table, sizes: Sizes, folders: dict[int, str]) -> None:
-    """Adds all rows to the table."""
-    n, B, b = sizes.parcels, sizes.batch_size, sizes.small_batch_size
-    whole = {"cells": sizes.cells, "parcels": n, "path": folders[n], "batch_size": B}
-    one = {"cells": sizes.cells, "preset": DEFAULT, "batch_size": B}
-    table.add("loader, with jitter", load, sizes.rounds, jitter=True, **whole)
-    table.add("loader, without jitter", load, sizes.rounds, jitter=False, **whole)
-    table.add("training step", step, sizes.rounds, **one)
-    table.add("training step, L-TAE 3840k", step, sizes.few_rounds, **one | {"preset": LARGEST})
-    table.add("inference", infer, sizes.rounds, **one)
-    table.add("training epoch, end to end", train, sizes.few_rounds, **whole)
-    table.add("evaluation epoch, end to end", evaluate, sizes.few_rounds, **whole)
-    table.add_memory()
-    growing = {"rounds": sizes.few_rounds, "cells": USUAL}
-    for n in sizes.more_parcels:
-        path = folders[n]
-        table.add(f"loader, {n:,} parcels", load, parcels=n, path=path, batch_size=B, jitter=True, **growing)
-    small = {"preset": DEFAULT, "batch_size": b, **growing}
-    for L in sizes.dates:
-        table.add(f"training step, {b} parcels, {L} dates", step, n_dates=L, **small)
-    for S in sizes.pixels:
-        table.add(f"training step, {b} parcels, {S} pixels", step, npixel=S, **small)
+def print_row(name: str, values: Sequence[float], floor: str = "") -> None:
+    """Prints the value of this code, those of the others, and the ratios."""
+    ours, *others = values
+    compared = " / ".join(f"{value:.2f}" for value in others)
+    ratios = " / ".join(f"{value / ours:.2f}" if ours else "unknown" for value in others)
+    print(f"| {name} | {ours:.2f} | {compared} | {ratios} | {floor} |", flush=True)
 
 
 if __name__ == "__main__":

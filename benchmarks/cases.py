@@ -1,153 +1,123 @@
-"""What is measured. Every case is a function that prepares and returns two sides, "fast" and "textbook"."""
+"""What is measured: the work of `train.py` and `inference.py`, by this code or in its textbook form."""
 
-import copy
 import itertools
-from collections.abc import Callable
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.plain import PlainClassifier, PlainPixelSets
+from common.machine import recursive_todevice, set_seeds
+from data.draws import stream_key
 from data.samplers import BatchSampler
-from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL
+from data.settings import CLASSES_20, DataSettings
 from dataset import PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
-from learning.weight_init import weight_init
+from learning.options import DataShape, resolve_architecture
+from learning.weight_init import freeze_idle_biases, weight_init
 from models.architecture import read_preset
-from models.stclassifier import PseLTae
-from preprocessing.simulation.fields import QUANTILES, SIZES
+from preprocessing.simulate import simulate
 
-Sides = dict[str, Callable[[], object]]
-SIDES = ("fast", "textbook")
 DEFAULT, LARGEST = "LTAE/112k", "LTAE/3840k"
-N_CHANNELS, N_EXTRA, N_CLASSES = 10, 4, len(CLASSES_20)
-JITTER = (0.01, 0.05)
-CPU = torch.device("cpu")
+N_CLASSES = len(CLASSES_20)
+JITTER = (0.01, 0.05)  # sigma and clip
 
 
-class Folder:
-    """A dataset folder as both sides read it, without worker processes.
+class Setting(NamedTuple):
+    """What is measured, and how."""
 
-    Args:
-        path: the folder.
-        batch_size: parcels per batch.
-        jitter: whether pixels get noise.
-    """
+    folder: str
+    data: DataSettings = DataSettings()  # how it is read
+    textbook: bool = False  # whether in the textbook form, for which dates must be shared
+    keeps_memory: bool = True  # whether by a process that keeps freed memory, as train.py does
+    batch_size: int = 128
+    jitter: bool = True  # this and the next two: what training does to its data
+    temporal_dropout: float = 0.0
+    temporal_shift: int = 0
+    preset: str = DEFAULT
+    seed: int = 1  # of all draws
+    device: str = "cpu"  # of the model
 
-    def __init__(self, path: str, batch_size: int, jitter: bool = True) -> None:
-        noise = JITTER if jitter else None
-        self.fast = PixelSetData(path, LABELS, NPIXEL, CLASSES_20, None, EXTRA_FEATURE, noise)
-        norm, _ = find_norm(self.fast)
-        self.fast.set_norm(norm)
-        self.textbook = PlainPixelSets(path, LABELS, list(CLASSES_20), NPIXEL, norm, noise)
-        self.batch_size, self._epochs = batch_size, itertools.count()
-
-    def batches(self, side: str) -> DataLoader:
-        """The next epoch: of ours as train.py loads it, of the other as a script around it would."""
-        if side == "textbook":
-            return DataLoader(self.textbook, self.batch_size, shuffle=True)
-        epoch = next(self._epochs)
-        sampler = BatchSampler(range(len(self.fast)), self.batch_size, epoch)
-        return batch_loader(self.fast.epoch_draws(epoch), sampler, num_workers=0)
+    def count_pairs(self, case: str) -> int:
+        """The (parcel, date) pairs that a case goes through; simulated pixels are 0 where missing."""
+        files = sorted((Path(self.folder) / "DATA").glob("*.npy"), key=lambda path: int(path.stem))
+        files = files[: self.batch_size] if case in ("step", "infer") else files
+        return sum(int(np.load(file)[:, 0].any(1).sum()) for file in files)
 
 
-def load(path: str, batch_size: int, jitter: bool) -> Sides:
-    """A pass over a folder; nothing is done with the batches."""
-    folder = Folder(path, batch_size, jitter)
+class Cases:
+    """A training, and each part of it that is measured. Both forms begin with the same weights."""
 
-    def run(side: str) -> None:
-        for _ in folder.batches(side):
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.device = setting, torch.device(setting.device)
+        options = {name: getattr(setting, name) for name in ("temporal_dropout", "temporal_shift")}
+        options["jitter"] = JITTER if setting.jitter else None
+        self.dataset = PixelSetData.for_run(setting.folder, setting.data, **options)
+        self.dataset.set_norm(find_norm(self.dataset)[0])
+        self.plain = PlainPixelSets(self.dataset) if setting.textbook else None
+        self.batch, self.target = recursive_todevice(next(iter(self.in_order(self.dataset))), self.device)
+        data = DataShape.of(self.dataset, N_CLASSES)
+        set_seeds(stream_key("weights", setting.seed) % 2**63)
+        model = resolve_architecture({}, read_preset(setting.preset), data).build().apply(weight_init)
+        freeze_idle_biases(model.to(self.device))
+        self.model = PlainClassifier(model) if setting.textbook else model
+        self.optimizer = torch.optim.Adam(model.parameters(), fused=not setting.textbook)
+        self.criterion, self._epochs = FocalLoss(1), itertools.count()
+
+    def in_order(self, dataset: PixelSetData) -> DataLoader:
+        """Batches of all parcels in order; of this code those of an evaluation, without jitter and always the same."""
+        if self.plain:
+            return DataLoader(self.plain, self.setting.batch_size)
+        order = BatchSampler(range(len(dataset)), self.setting.batch_size)
+        return batch_loader(dataset.evaluation(seed=1), order, num_workers=0)
+
+    def epoch(self) -> DataLoader:
+        """Batches of the next epoch of a training."""
+        if self.plain:
+            return DataLoader(self.plain, self.setting.batch_size, shuffle=True)
+        words = self.setting.seed, next(self._epochs)
+        everything, key = range(len(self.dataset)), stream_key("order", *words)
+        order = BatchSampler(everything, self.setting.batch_size, key, drop_single=True)
+        return batch_loader(self.dataset.epoch_draws(*words), order, num_workers=0)
+
+    def load(self) -> None:
+        """An epoch whose batches nothing is done with."""
+        for _ in self.epoch():
             pass
 
-    return for_both(run)
-
-
-def step(preset: str, batch_size: int, n_dates: int = 24, npixel: int = NPIXEL) -> Sides:
-    """A training step of one batch: forward, focal loss, backward, Adam."""
-    models, criterion = build_models(preset, n_dates), FocalLoss(1)
-    optimizers = build_optimizers(models)
-    inputs, target = draw_batch(batch_size, n_dates, npixel)
-
-    def run(side: str) -> None:
-        optimizers[side].zero_grad()
-        criterion(models[side](inputs[side]), target).backward()
-        optimizers[side].step()
-
-    return for_both(run)
-
-
-def infer(preset: str, batch_size: int, n_dates: int = 24, npixel: int = NPIXEL) -> Sides:
-    """Logits of one batch in evaluation mode."""
-    models = build_models(preset, n_dates)
-    inputs, _ = draw_batch(batch_size, n_dates, npixel)
+    def step(self) -> None:
+        """A training step on the first batch, which is there: forward, focal loss, backward, Adam."""
+        self.optimizer.zero_grad()
+        self.criterion(self.model.train()(self.batch), self.target).backward()
+        self.optimizer.step()
 
     @torch.no_grad()
-    def run(side: str) -> None:
-        models[side].eval()(inputs[side])
+    def infer(self) -> Tensor:
+        """Logits of that batch in evaluation mode, (B, N)."""
+        return self.model.eval()(self.batch)
 
-    return for_both(run)
+    def train(self) -> None:
+        """An epoch of training, end to end."""
+        train_epoch(self.model, self.optimizer, self.criterion, self.epoch(), self.device, N_CLASSES)
 
-
-def train(path: str, batch_size: int) -> Sides:
-    """An epoch of training over a folder, end to end."""
-    folder, criterion = Folder(path, batch_size), FocalLoss(1)
-    models = build_models(DEFAULT, folder.fast.n_dates)
-    optimizers = build_optimizers(models)
-
-    def run(side: str) -> None:
-        train_epoch(models[side], optimizers[side], criterion, folder.batches(side), CPU, N_CLASSES)
-
-    return for_both(run)
+    def evaluate(self, dataset: PixelSetData | None = None) -> dict[str, Any]:
+        """A pass over the dataset, or another one, in evaluation mode; what `evaluation` finds."""
+        loader = self.in_order(dataset or self.dataset)
+        return evaluation(self.model, self.criterion, loader, self.device, N_CLASSES)[0]
 
 
-def evaluate(path: str, batch_size: int) -> Sides:
-    """A pass over a folder in evaluation mode, end to end; the draws of ours are fixed, as in train.py."""
-    folder, criterion = Folder(path, batch_size, jitter=False), FocalLoss(1)
-    models = build_models(DEFAULT, folder.fast.n_dates)
-    sampler = BatchSampler(range(len(folder.fast)), batch_size)
-    fixed = batch_loader(folder.fast.evaluation(seed=1), sampler, num_workers=0)
+def write_folder(folder: Path, parcels: int, npixel: int, dates: tuple[int, int] | None, gaps: bool) -> str:
+    """Simulates a dataset of parcels of up to 2 npixel pixels, of which some can be missing; returns its path.
 
-    def run(side: str) -> None:
-        batches = fixed if side == "fast" else folder.batches(side)
-        evaluation(models[side], criterion, batches, CPU, N_CLASSES)
-
-    return for_both(run)
-
-
-def for_both(run: Callable[[str], object]) -> Sides:
-    """The two sides of a function that takes the name of one."""
-    return {side: lambda side=side: run(side) for side in SIDES}
-
-
-def build_models(preset: str, n_dates: int) -> dict[str, nn.Module]:
-    """An L-TAE of Figure 2, and a copy of it that is computed the textbook way."""
-    torch.manual_seed(0)
-    model = PseLTae(len_max_seq=n_dates, **read_preset(preset)).apply(weight_init)
-    return {"fast": model, "textbook": PlainClassifier(copy.deepcopy(model))}
-
-
-def build_optimizers(models: dict[str, nn.Module]) -> dict[str, torch.optim.Optimizer]:
-    """Adam for either side, ours in its fused form."""
-    return {side: torch.optim.Adam(models[side].parameters(), fused=side == "fast") for side in SIDES}
-
-
-def draw_batch(batch_size: int, n_dates: int, npixel: int) -> tuple[dict[str, object], Tensor]:
-    """A random batch in the layout of either side, parcels as large as Sentinel-Agri's, and its classes."""
-    r = np.random.default_rng(0)
-    values = r.standard_normal((batch_size, npixel, n_dates, N_CHANNELS), dtype=np.float32)
-    pixels = torch.from_numpy(values).permute(0, 2, 3, 1)
-    sizes = draw_sizes(batch_size, r)
-    mask = torch.from_numpy((np.arange(npixel) < sizes[:, None]).astype(np.float32))
-    extra = torch.from_numpy(r.standard_normal((batch_size, N_EXTRA), dtype=np.float32))
-    mask, extra = (tensor.unsqueeze(1).expand(-1, n_dates, -1) for tensor in (mask, extra))
-    plain = (pixels.contiguous(), mask.contiguous()), extra.contiguous()
-    target = torch.from_numpy(r.integers(0, N_CLASSES, batch_size))
-    return {"fast": ((pixels, mask), extra), "textbook": plain}, target
-
-
-def draw_sizes(n_parcels: int, rng: np.random.Generator) -> np.ndarray:
-    """Pixels of parcels as large as Sentinel-Agri's, (n_parcels,)."""
-    return np.rint(np.exp(np.interp(rng.random(n_parcels), QUANTILES, np.log(SIZES))))
+    Parcels have from dates[0] to dates[1] dates, and all the same where these are equal; None for the published 24.
+    """
+    simulate(folder, parcels, 1, max_pixels=2 * npixel, irregular=dates, gaps=gaps)
+    if dates and dates[0] == dates[1]:  # those of the first parcel; what the pixels show does not matter here
+        file = folder / "META" / "dates.json"
+        file.write_text(json.dumps(dict(enumerate(json.loads(file.read_text())["1"]))))
+    return str(folder)

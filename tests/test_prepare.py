@@ -651,8 +651,10 @@ def test_empty_outlines_can_be_skipped(images, run, tmp_path):
 
 
 def test_the_benchmark_runs(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.prepare", "--quick", "--folder", tmp_path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    command, environment = [sys.executable, "-m", "benchmarks.prepare", "--quick"], {"TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert done.returncode == 0 and len(rows) == 5, done.stderr
     assert all(float(row[3]) >= 0 for row in rows[1:]) and float(rows[1][3]) > 0 and int(rows[1][5]) > 0
