@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -66,8 +67,8 @@ def commands(section: str) -> list[list[str]]:
 def run_commands(section: str, clone: Path, options: str = "--kfold 3 --epochs 2 --npixel 6") -> str:
     output = ""
     for script, *words in commands(section):
-        words += shlex.split(options) if script == "train.py" else []
-        output += run(SCRIPTS[script], words, clone)
+        words += shlex.split(options) if script != "inference.py" else []
+        output += run(SCRIPTS.get(script, lambda: runpy.run_path(script, run_name="__main__")), words, clone)
     return output
 
 
@@ -142,6 +143,36 @@ def test_absent_dates_do_not_change_the_vector_of_an_encoder(clone: Path) -> Non
         assert vectors[2].isnan().all()
         model.train()(Series(x, mask, extra, days)).sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        print("compared")
+
+    assert "compared" in run(compare, [], clone)
+
+
+def test_names_in_tables_train_resume_and_show_in_the_results(clone: Path) -> None:
+    section, options = "Losses, optimisers, schedules, metrics", "--kfold 3 --epochs 2 --npixel 6"
+    run_commands(section, clone, options)
+    folder = clone / "results" / "mine"
+    config = json.loads((folder / "conf.json").read_text())
+    assert [config[name] for name in ("loss", "optimizer", "schedule")] == ["smoothed", "adamw", "cosine"]
+    log = json.loads((folder / "Fold_1" / "trainlog.json").read_text())
+    assert log["2"].keys() >= {"train_F1", "val_F1"} and 0 <= log["2"]["val_F1"] <= 1
+    assert "test_F1" in json.loads((folder / "Fold_1" / "test_metrics.json").read_text())
+    optimizer = torch.load(folder / "Fold_1" / "model.pth.tar", weights_only=True)["optimizer"]
+    epoch = torch.load(folder / "Fold_1" / "model.pth.tar", weights_only=True)["epoch"]
+    assert optimizer["param_groups"][0]["weight_decay"] == 0.01
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.001 * (1, 0.5)[epoch - 1])
+    assert "3 of 3 folds are finished" in run_commands(section, clone, f"{options} --resume")
+    words = shlex.split(f"--weight_dir {folder} --output_dir {clone / 'output' / 'mine'}")
+    assert "accuracy" in run(inference.main, words, clone)
+
+
+def test_the_loss_of_the_page_is_the_mean_over_a_batch(clone: Path) -> None:
+    def compare() -> None:
+        loss = runpy.run_path("my_train.py")["LOSSES"]["smoothed"](1.0)
+        logits, target = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+        log_p = logits.log_softmax(1)
+        expected = -(0.9 * log_p[torch.arange(6), target] + 0.1 * log_p.mean(1)).mean()
+        torch.testing.assert_close(loss(logits, target), expected)
         print("compared")
 
     assert "compared" in run(compare, [], clone)
