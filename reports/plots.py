@@ -76,6 +76,7 @@ def plot_confusion(
     mat, total = mat[np.ix_(order, order)], mat.sum(1)[order]
     share = np.divide(mat, total[:, None], out=np.zeros(mat.shape), where=total[:, None] > 0)
     figure = Figure(layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # squares are laid out less exactly
     axis = figure.subplots()
     colours = np.empty((*mat.shape, 4))
     colours[..., :3], colours[..., 3] = _HEAT, 0.9 * share  # on what is behind, be it light or dark
@@ -96,9 +97,9 @@ def plot_confusion(
     # Room for the cells, in inches, and beside them for the longest of the names.
     side = max(2.8, len(mat) * float(np.clip(5 / len(mat), 0.27, 0.7)))
     below = max(label.get_window_extent().height for label in axis.get_xticklabels()) / figure.dpi
-    width = side + 0.6 + max(label.get_window_extent().width for label in axis.get_yticklabels()) / figure.dpi
+    width = side + 0.75 + max(label.get_window_extent().width for label in axis.get_yticklabels()) / figure.dpi
     heading = textwrap.wrap(title, int(width / 0.1))
-    figure.set_size_inches(width, side + 0.6 + below + 0.22 * len(heading))
+    figure.set_size_inches(width, side + 0.75 + below + 0.22 * len(heading))
     if heading:
         figure.suptitle("\n".join(heading), fontsize="medium", parse_math=False)
     return figure

@@ -57,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text += data
         if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data.strip()
@@ -214,7 +214,7 @@ def test_calibration_of_a_fold_is_that_of_its_test_parcels(results: Path, folder
 def notes(results: Path) -> str:
     """What the list of notes says."""
     found = re.search(r'<ul class="notes">(.*?)</ul>', write_report(results).read_text(), flags=re.S)
-    return Page(found.group(1)).text if found else ""
+    return Page(found[1]).text if found else ""
 
 
 def write_counts(results: Path, parts: list[list[int]]) -> None:
@@ -235,7 +235,7 @@ def test_says_which_classes_a_fold_lacks(results: Path, tmp_path: Path) -> None:
     config = json.loads((copy / "conf.json").read_text())
     (copy / "conf.json").write_text(json.dumps(config | {"folds": "folds.json"}))  # validate on the next part
     _, training = [line for line in notes(copy).splitlines() if line.strip()]
-    assert re.findall(r"\d", training) == ["2", "9"] or re.findall(r"\d", training) == ["3", "9"]
+    assert re.findall(r"\d", training) == ["2", "9"]
     write_counts(copy, [[5, 5, 0], [5, 5, 0], [5, 5, 0]])
     assert re.findall(r"\d", notes(copy)) == ["9"]
     (copy / "Fold_3" / "conf_mat.pkl").unlink()
