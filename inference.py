@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError, as_user_error, run_cli
-from common.flags import Parser, natural, positive, seed
+from common.flags import Parser, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, main_first, together
 from data.classes import read_class_names
@@ -82,11 +82,10 @@ def parse_args() -> argparse.Namespace:
     )
     group.add_argument(
         "--ndvi_bands",
-        type=natural,
         nargs=2,
         metavar=("RED", "NIR"),
-        help="channels, counted from 0, of the NDVI in those pictures (default: B4 and B8 by the names in "
-        "META/info.json, else 2 6 of the published 10 channels)",
+        help="channels of the NDVI in those pictures: names of META/info.json or numbers, counted from 0 (default: red and "
+        "near infrared by those names, such as B04 and B08, else 2 6 of the published 10 channels)",
     )
     group.add_argument(
         "--export",

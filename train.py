@@ -194,7 +194,9 @@ def summarise(run: Run, tests: list[dict[str, float]], clock: Clock) -> None:
     scores = f"accuracy {100 * overall['Accuracy']:.1f}%, mIoU {overall['MACRO_IoU']:.3f}"
     save_figure(
         res_dir / MATRIX,
-        plot_confusion(confusion, run.data.classes, f"All {len(tests)} test folds: {scores}"),
+        plot_confusion(
+            confusion, run.data.classes, f"All {len(tests)} test folds: {scores}", run.class_names
+        ),
     )
     spread = "; ".join(
         f"{name} {np.mean(values):.{digits}f} +- {np.std(values):.{digits}f}"

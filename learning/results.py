@@ -125,6 +125,25 @@ def read_confusion(path: Path) -> np.ndarray:
     return mat
 
 
+def read_confusions(res_dir: Path, n_classes: int) -> dict[int, np.ndarray]:
+    """The confusion matrix (K, K) of each fold that is tested, by its number.
+
+    Raises:
+        UserError: if one is damaged or of another number of classes.
+    """
+    numbers = [path.parent.name[5:] for path in res_dir.glob(f"Fold_*/{CONFUSION}")]
+    matrices = {}
+    for fold in sorted(int(number) for number in numbers if number.isdecimal()):
+        path = res_dir / f"Fold_{fold}" / CONFUSION
+        matrices[fold] = mat = read_confusion(path)
+        if len(mat) != n_classes:
+            raise UserError(
+                f"{path} holds a confusion matrix of {len(mat)} classes, but the run tells {n_classes} apart; copy it "
+                "again or train the fold again."
+            )
+    return matrices
+
+
 def save_overall(res_dir: Path, n_folds: int) -> tuple[np.ndarray, dict[str, float]]:
     """Sums the folds' confusion matrices and writes the scores of the sum; returns both."""
     matrices = [read_confusion(res_dir / f"Fold_{fold}" / CONFUSION) for fold in range(1, n_folds + 1)]

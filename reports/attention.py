@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dataset import PixelSetData
 
 ARRAYS, PICTURES = "attention.npz", "attention"
+_RED, _NIR = ("B4", "RED"), ("B8", "NIR", "B8A", "NIR08")  # as Sentinel-2 and catalogues name them
 RED_NIR, N_CHANNELS = (2, 6), 10  # of the published datasets' bands B2 B3 B4 B5 B6 B7 B8 B8A B11 B12
 WEEK = 7
 
@@ -143,9 +144,14 @@ def first_day(dataset: "PixelSetData") -> np.datetime64:
 
 
 def choose_bands(
-    asked: Sequence[int] | None, names: Sequence[str], n_channels: int
+    asked: Sequence[str] | None, names: Sequence[str], n_channels: int
 ) -> tuple[int, int] | None:
-    """Channels of red and near infrared: those asked for, else B4 and B8 by name, else the published datasets'.
+    """Channels of red and near infrared: those asked for, else by their usual names, else the published datasets'.
+
+    Args:
+        asked: two channels, each a number, counted from 0, or a name; None for no wish.
+        names: of the channels, as META/info.json has them, or none.
+        n_channels: C.
 
     Returns:
         None if nothing tells which they are.
@@ -153,15 +159,24 @@ def choose_bands(
     Raises:
         UserError: if there are no such channels.
     """
-    if asked is not None:
-        if max(asked) >= n_channels:
-            raise UserError(
-                f"--ndvi_bands is {asked[0]} {asked[1]} but the dataset has channels 0 to {n_channels - 1}; count from 0."
-            )
-        return asked[0], asked[1]
-    if len(names) == n_channels and {"B4", "B8"} <= set(names):
-        return names.index("B4"), names.index("B8")
-    return RED_NIR if n_channels == N_CHANNELS and not names else None
+    known = {_spell(name): channel for channel, name in enumerate(names)} if len(names) == n_channels else {}
+    if asked is None:
+        found = [next((known[name] for name in usual if name in known), None) for usual in (_RED, _NIR)]
+        if None not in found:
+            return found[0], found[1]
+        return RED_NIR if n_channels == N_CHANNELS and not names else None
+    channels = [int(band) if band.isdecimal() else known.get(_spell(band), n_channels) for band in asked]
+    if max(channels) >= n_channels:
+        named = f", or {', '.join(map(str, names))}" if known else "; they have no names in META/info.json"
+        raise UserError(
+            f"--ndvi_bands is {' '.join(asked)} but the dataset has channels 0 to {n_channels - 1}, counted from 0{named}."
+        )
+    return channels[0], channels[1]
+
+
+def _spell(name: str) -> str:
+    """A band's name in one spelling: B04, b4 and B4 are the same."""
+    return re.sub(r"^B0*(?=\d)", "B", str(name).strip().upper())
 
 
 def write_attention(
@@ -179,16 +194,14 @@ def write_attention(
     np.savez(buffer, dates=dates, labels=labels, folds=np.array(folds), **attention._asdict())
     write_bytes(output / ARRAYS, buffer.getvalue())
     (output / PICTURES).mkdir(exist_ok=True)
-    # The first fold's heads are drawn, since heads of different folds have nothing in common.
-    weight = np.where(attention.observed[:, None] > 0, attention.weight[0], np.nan)
+    weight = np.where(attention.observed[:, None] > 0, attention.weight, np.nan)
     width = WEEK if dataset.date_positions is None else None
     written = [output / ARRAYS]
     for k, label in enumerate(labels):
         if attention.parcels[k]:
             safe = re.sub(r"[^\w-]+", "_", label)[:60]
             written.append(output / PICTURES / f"{safe if safe == label else f'{safe}_{k}'}.png")
-            name = f"{label} {names[label]}" if label in names else f"class {label}"
-            title = f"{name}, {attention.parcels[k]:,.0f} parcels; attention of fold {folds[0]}"
-            figure = plot_attention(weight, attention.ndvi, attention.ndvi_std, k, dates, title, width)
+            title = f"{names.get(label, f'class {label}')}: {attention.parcels[k]:,.0f} parcels"
+            figure = plot_attention(weight, attention.ndvi, attention.ndvi_std, k, dates, title, width, folds)
             save_figure(written[-1], figure)
     return written

@@ -5,25 +5,25 @@
 makes it from the files of a results folder, finished or not; training makes it at its end.
 """
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
-from common.arrays import load_arrays
 from common.errors import UserError, run_cli
 from common.files import read_json, write_bytes
 from common.flags import Parser
 from learning.calibration import CALIBRATION
 from learning.metrics import confusion_matrix_analysis
-from learning.results import CONFIG, CONFUSION, TEST_METRICS, TRAINLOG
-from models.architecture import chosen_encoder, known_encoders
-from reports import charts
+from learning.results import TEST_METRICS, TRAINLOG, read_confusions
+from learning.run import Run, read_run
+from reports.plots import SCORES, plot_calibration, plot_confusion, plot_training, to_svg
 
 REPORT, TEMPLATE = "report.html", "report_template.html"
-_CURVES = {"IoU": "mIoU", "loss": "loss", "accuracy": "accuracy (%)"}
+_ELSEWHERE = ("command", "class_names")  # entries of conf.json that have their own places on the page
 
 
 def write_report(res_dir: str | Path) -> Path:
@@ -33,22 +33,14 @@ def write_report(res_dir: str | Path) -> Path:
         UserError: if the folder holds no run, or one of its files is damaged.
     """
     res_dir = Path(res_dir)
-    config = _read_dict(res_dir / CONFIG)
-    if not isinstance(config.get("sub_classes"), list):
-        raise UserError(
-            f"{res_dir / CONFIG} has no list 'sub_classes'; expected the file that train.py wrote."
-        )
-    labels = [str(label) for label in config["sub_classes"]]
-    given = config.get("class_names")
-    names = [str(given.get(label, "")) for label in labels] if isinstance(given, dict) else [""] * len(labels)
-    folds = sorted(
-        (path for path in res_dir.glob("Fold_*") if re.fullmatch(r"Fold_\d+", path.name)),
-        key=lambda path: int(path.name[5:]),
-    )
-    logs = [_read_dict(path) for path in _existing(folds, TRAINLOG)]
-    curves = _draw_curves([log for log in logs if log])
-    tests = {path.parent.name[5:]: _read_dict(path) for path in _existing(folds, TEST_METRICS)}
-    confusion = _sum_confusion(_existing(folds, CONFUSION), len(labels))
+    run = read_run(res_dir)
+    labels = [str(label) for label in run.data.classes]
+    names = [str(run.class_names.get(label, "")) for label in labels]
+    matrices = read_confusions(res_dir, len(labels))
+    confusion = sum(matrices.values(), np.zeros((len(labels), len(labels)), np.int64))
+    logs = {fold: log for fold, log in _read_folds(res_dir, TRAINLOG).items() if log}
+    curves = _draw_curves(logs)
+    tests = _read_folds(res_dir, TEST_METRICS)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -57,65 +49,46 @@ def write_report(res_dir: str | Path) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template(TEMPLATE).render(
-        title=known_encoders()[chosen_encoder(config)].title,
-        config={name: value for name, value in config.items() if name not in ("command", "class_names")},
-        command=config.get("command"),
-        figures=_key_figures(config, confusion, tests),
-        curves=curves,
+        title=run.architecture.kind.title,
+        config={name: value for name, value in run.about.items() if name not in _ELSEWHERE},
+        command=run.about.get("command"),
+        simulated=run.about.get("simulated"),
+        figures=_key_figures(run, confusion, tests),
+        notes=[*_describe_folds(run, matrices, labels, names), *_describe_validation(logs)],
+        curves=[to_svg(figure) for figure in curves],
         tests=tests,
         classes=_describe_classes(confusion, labels, names),
-        confusion=confusion.tolist(),
-        calibration=_calibrate(_existing(folds, CALIBRATION)),
-        sizes=charts,
+        matrix=to_svg(plot_confusion(confusion, labels, "", run.class_names)) if matrices else None,
+        calibration=_calibrate(_read_folds(res_dir, CALIBRATION)),
     )
     write_bytes(res_dir / REPORT, page.encode())
     return res_dir / REPORT
 
 
-def _existing(folds: list[Path], name: str) -> list[Path]:
-    """The files of that name in the folds that have one."""
-    return [fold / name for fold in folds if (fold / name).exists()]
+def _read_folds(res_dir: Path, name: str) -> dict[int, dict[str, Any]]:
+    """The JSON files of that name, by fold, of the folds that have one."""
+    found = {}
+    for path in res_dir.glob(f"Fold_*/{name}"):
+        if path.parent.name[5:].isdecimal():
+            found[int(path.parent.name[5:])] = content = read_json(path, "the file that train.py wrote")
+            if not isinstance(content, dict):
+                raise UserError(f"{path} is something else; expected the file that train.py wrote.")
+    return dict(sorted(found.items()))
 
 
-def _read_dict(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object."""
-    content = read_json(path, "the file that train.py wrote")
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is something else; expected the file that train.py wrote.")
-    return content
-
-
-def _draw_curves(logs: list[dict[str, Any]]) -> list[charts.Axes]:
-    """Scores by epoch; none before the first epoch is done."""
+def _draw_curves(logs: dict[int, dict[str, Any]]) -> list[Figure]:
+    """Scores by epoch, the one that chooses the best epoch first; none before the first epoch is done."""
     try:
-        return [charts.plot_curves(logs, key, name) for key, name in _CURVES.items()] if logs else []
+        return [plot_training(logs, [key]) for key in reversed(SCORES)] if logs else []
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{TRAINLOG} of a fold is damaged ({error}); copy it again from the training."
         ) from error
 
 
-def _sum_confusion(paths: list[Path], n_classes: int) -> np.ndarray:
-    """The sum of the folds' confusion matrices, (K, K); zeros before the first is tested."""
-    total = np.zeros((n_classes, n_classes), np.int64)
-    for path in paths:
-        try:
-            mat = np.asarray(load_arrays(path))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if mat.shape != total.shape or mat.dtype.kind not in "iu":
-            raise UserError(
-                f"{path} is not a confusion matrix of {n_classes} classes; copy it again from the training."
-            )
-        total += mat
-    return total
-
-
-def _key_figures(
-    config: dict[str, Any], confusion: np.ndarray, tests: dict[str, Any]
-) -> list[tuple[str, str, str]]:
+def _key_figures(run: Run, confusion: np.ndarray, tests: dict[int, Any]) -> list[tuple[str, str, str]]:
     """What the page begins with: name, value and a remark each."""
-    asked = config.get("kfold")
+    asked = run.training.kfold
     progress = f"{len(tests)} of {asked} folds tested" if asked != len(tests) else f"{len(tests)} folds"
     figures = []
     if confusion.sum():
@@ -126,15 +99,53 @@ def _key_figures(
             ("Mean F1-score", f"{overall['MACRO_F1-score']:.3f}", "mean over classes"),
         ]
     figures.append(("Test parcels", f"{confusion.sum():,}", progress))
-    if isinstance(config.get("N_params"), int):
-        figures.append(("Parameters", f"{config['N_params']:,}", "trainable"))
+    if isinstance(run.about.get("N_params"), int):
+        figures.append(("Parameters", f"{run.about['N_params']:,}", "trainable"))
     return figures
 
 
-def _spread(tests: dict[str, Any], key: str, digits: int) -> str:
+def _spread(tests: dict[int, Any], key: str, digits: int) -> str:
     """Mean and standard deviation over folds."""
     values = [test[key] for test in tests.values() if isinstance(test.get(key), (int, float))]
     return f"folds: {np.mean(values):.{digits}f} \u00b1 {np.std(values):.{digits}f}" if values else ""
+
+
+def _describe_folds(
+    run: Run, matrices: dict[int, np.ndarray], labels: list[str], names: list[str]
+) -> Iterator[str]:
+    """A line on classes without a parcel in the test or the training of a fold, and on validations of one class alone.
+
+    Every parcel is tested in one fold. So once all are, their counts tell what the others are made of: a fold validates
+    on the part that another one tests, see `data.folds`.
+    """
+    tested = np.array([mat.sum(1) for mat in matrices.values()]).reshape(-1, len(labels))
+    K, every = len(tested), tested.sum(0)
+    lacks = {"test": tested == 0}
+    if K == run.training.kfold and K > 2:
+        next_part = (
+            (np.arange(K) + 1) % K if run.about.get("folds") else np.array([K - 1] * (K - 1) + [K - 2])
+        )
+        validated = tested[next_part]
+        lacks["training"] = every - tested - validated == 0
+        for fold, single in zip(matrices, (validated > 0).sum(1) == 1):
+            if single:
+                yield f"Fold {fold} validates on a single class; its validation scores say little."
+    titles = np.array([name or f"class {label}" for label, name in zip(labels, names)])
+    if K and not every.all():
+        yield f"No tested parcel at all: {', '.join(titles[every == 0])}."
+    for part, lacking in lacks.items():
+        lacking = {fold: titles[row & (every > 0)] for fold, row in zip(matrices, lacking)}
+        words = [f"fold {fold}: {', '.join(missing)}" for fold, missing in lacking.items() if len(missing)]
+        if words:
+            yield f"No {part} parcel in {'; '.join(words)}."
+
+
+def _describe_validation(logs: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """A line on each fold whose validation has nothing left to choose the best epoch by."""
+    for fold, log in logs.items():
+        perfect = [epoch for epoch, scores in log.items() if scores["val_IoU"] == 1]
+        if perfect:
+            yield f"Fold {fold} reaches a validation mIoU of 1 in epoch {perfect[0]}; no later epoch can be told to be better."
 
 
 def _describe_classes(confusion: np.ndarray, labels: list[str], names: list[str]) -> list[dict[str, Any]]:
@@ -144,46 +155,44 @@ def _describe_classes(confusion: np.ndarray, labels: list[str], names: list[str]
     for k, (label, name) in enumerate(zip(labels, names)):
         wrong = np.where(np.arange(len(labels)) == k, 0, confusion[k])
         other = int(wrong.argmax())
-        taken = (
-            f"{names[other] or labels[other]} ({wrong[other] / confusion[k].sum():.1%})"
-            if wrong.any()
-            else ""
-        )
-        scores = {score: None if np.isnan(value) else value for score, value in per_class[str(k)].items()}
-        rows.append(
-            {
-                "label": label,
-                "name": name,
-                "parcels": int(confusion[k].sum()),
-                "scores": scores,
-                "taken_for": taken,
-            }
-        )
+        share = wrong[other] / max(confusion[k].sum(), 1)
+        row = {"label": label, "name": name, "parcels": int(confusion[k].sum())}
+        row["scores"] = {
+            score: None if np.isnan(value) else value for score, value in per_class[str(k)].items()
+        }
+        row["taken_for"] = f"{names[other] or labels[other]} ({share:.1%})" if share else ""
+        rows.append(row)
     return rows
 
 
-def _calibrate(paths: list[Path]) -> dict[str, Any] | None:
+def _calibrate(folds: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
     """The calibration curve of all folds together and its figures; None before the first is tested."""
-    folds = [_read_dict(path) for path in paths]
+    if not folds:
+        return None
     try:
         count, confidence, right = (
-            np.sum([fold[name] for fold in folds], axis=0, dtype=float)
+            np.sum([fold[name] for fold in folds.values()], axis=0, dtype=float)
             for name in ("count", "confidence", "right")
         )
-        edges = np.array(folds[0]["edges"] if folds else [], dtype=float)
-        if not folds or not count.sum():
+        edges = np.array(next(iter(folds.values()))["edges"], dtype=float)
+        if not count.sum():
             return None
-        chart = charts.plot_calibration(edges, count, confidence, right)
+        chart = to_svg(plot_calibration(edges, count, confidence, right))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
-            f"{paths[0].name} of a fold is damaged ({error}); copy it again from the training."
+            f"{CALIBRATION} of a fold is damaged ({error}); copy it again from the training."
         ) from error
     return {
         "chart": chart,
-        "error": charts.calibration_error(count, confidence, right),
+        "error": calibration_error(count, confidence, right),
         "confidence": confidence.sum() / count.sum(),
         "accuracy": right.sum() / count.sum(),
     }
+
+
+def calibration_error(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error: mean over parcels of the gap between confidence and share right, 0 to 1."""
+    return float(np.abs(confidence - right).sum() / count.sum())
 
 
 def main() -> None:

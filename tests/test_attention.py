@@ -115,14 +115,36 @@ def test_attention_does_not_depend_on_return_att() -> None:
         PseGru(4, [4, 8], mlp2=[16, 16], with_extra=False, extra_size=0).attention(x)
 
 
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["B8", "B3", "B4"], (2, 0)),
+        (["B02", "B04", "B08", "B8A"], (1, 2)),
+        (["blue", "red", "nir"], (1, 2)),
+        (["b8a", "red"], (1, 0)),
+        (["B8A", "NIR", "B04"], (2, 1)),  # the wide band before the narrow one
+        (["nir08", "RED"], (1, 0)),
+        ([], None),
+        (["VV", "VH"], None),
+        (["red", "green"], None),
+    ],
+)
+def test_bands_are_known_by_their_usual_names(names: list[str], expected: tuple[int, int] | None) -> None:
+    assert choose_bands(None, names, len(names) or 4) == expected
+
+
 def test_bands() -> None:
     names = ["B8", "B3", "B4"]
-    assert choose_bands([0, 2], [], 3) == (0, 2)
-    assert choose_bands(None, names, 3) == (2, 0)
+    assert choose_bands(["0", "2"], [], 3) == (0, 2)
+    assert choose_bands(["B04", "b08"], names, 3) == (2, 0)
+    assert choose_bands(["2", "B3"], names, 3) == (2, 1)
     assert choose_bands(None, [], 10) == (2, 6)
-    assert choose_bands(None, [], 4) is None and choose_bands(None, ["VV"] * 10, 10) is None
-    with pytest.raises(UserError, match="channels 0 to 2; count from 0"):
-        choose_bands([1, 3], names, 3)
+    assert choose_bands(None, ["VV"] * 10, 10) is None
+    for asked in (["1", "3"], ["B4", "B9"], ["-1", "0"]):
+        with pytest.raises(UserError, match=rf"--ndvi_bands is {' '.join(asked)} .* 0 to 2.*B8, B3, B4"):
+            choose_bands(asked, names, 3)
+    with pytest.raises(UserError, match="--ndvi_bands is B4 B8 .* 0 to 3"):
+        choose_bands(["B4", "B8"], [], 4)
 
 
 def test_cells_reach_half_way_to_the_next_date() -> None:
@@ -136,6 +158,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = write_folder(
         tmp_path_factory.mktemp("data") / "set", n_parcels=15, classes=("../wheat", "maize", "é")
     )
+    write_meta(folder, "info", {"bands": ["B02", "B03", "B04", "B08"]})
     names = {"maize": "grain maize"}
     write_meta(folder, "classes", {NOMENCLATURE: names})
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -146,7 +169,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_command(run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, weights = run
     output = run_inference(
-        folder, weights, tmp_path / "out", "--attention --ndvi_bands 2 3 --fold 2", monkeypatch
+        folder, weights, tmp_path / "out", "--attention --ndvi_bands B4 B08 --fold 2", monkeypatch
     )
     with np.load(output / "attention.npz") as arrays:
         assert arrays["weight"].shape == (1, 3, 4, 5) and arrays["folds"].tolist() == [2]

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,8 +22,7 @@ from learning.results import load_normalisation
 from learning.run import open_run
 from models.stclassifier import PseLTae_pretrained
 from reports import report
-from reports.charts import HEIGHT, LEFT, WIDTH, Axes, calibration_error, plot_calibration, plot_curves
-from reports.report import write_report
+from reports.report import calibration_error, write_report
 from tests.commands import run_command, run_train
 from tests.folders import write_folder, write_meta
 
@@ -57,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text += data
         if "td" in self.open or "th" in self.open:
             self.rows[-1][-1] += data.strip()
@@ -80,12 +80,16 @@ def test_training_writes_a_page_that_stands_alone(results: Path) -> None:
     text = (results / "report.html").read_text()
     page = Page(text)
     names = [tag for tag, _ in page.tags]
-    assert names.count("script") == 1 and names.count("style") == 1 and "link" not in names
+    assert names.count("script") == 1 and "link" not in names and "img" not in names
     for tag, attributes in page.tags:
         assert not {"src", "href", "onclick", "onload"} & set(attributes), (tag, attributes)
-    assert "http" not in text and "url(" not in text and "@import" not in text
+        assert attributes.get("xlink:href", "#").startswith(("#", "data:image/png;")), (tag, attributes)
+    assert "http" not in text and "@import" not in text
+    assert text.count("url(") == text.count("url(#")
     assert "prefers-color-scheme: dark" in text
-    assert text.count("<svg") == 4  # three curves and the calibration
+    assert text.count("<svg") == 5  # three curves, the matrix and the calibration
+    ids = re.findall(r'xlink:href="#(\w+)"|url\(#(\w+)\)', text)
+    assert ids and all(f'id="{one or other}"' in text for one, other in ids)
 
 
 def test_labels_are_escaped(results: Path) -> None:
@@ -104,8 +108,7 @@ def test_shows_the_scores_of_the_run(results: Path) -> None:
         (row,) = (row for row in page.rows if row[:2] == [label, name])
         scores = ["\u2013" if np.isnan(value) else f"{value:.3f}" for value in per_class[str(k)].values()]
         assert row[2:7] == [str(total[k].sum()), *scores]
-        (counts,) = (row for row in page.rows if row[0] == f"{label} {name}".strip() and len(row) == 4)
-        assert counts[1:] == [str(count) for count in total[k]]
+        assert f"{name or label} ({total[k].sum()})" in page.text  # in the matrix
     config = json.loads((results / "conf.json").read_text())
     shown = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert shown["lr"] == "0.001" and shown["sub_classes"] == "[1, 3, 9]"
@@ -144,13 +147,19 @@ def test_a_run_that_is_not_finished_has_a_report(results: Path, tmp_path: Path) 
     "name, content, message",
     [
         ("conf.json", b"[]", "conf.json is something else"),
-        ("conf.json", b"{}", "has no list 'sub_classes'"),
+        ("conf.json", b"{}", "conf.json is something else"),
+        ("conf.json", b'{"sub_classes": 3}', "'sub_classes' is 3"),
         ("Fold_1/trainlog.json", b"3", "trainlog.json is something else"),
         ("Fold_1/trainlog.json", b'{"1": 2}', "trainlog.json of a fold is damaged"),
         ("Fold_1/calibration.json", b'{"count": 1}', "calibration.json of a fold is damaged"),
         ("Fold_1/calibration.json", b"{", "is not valid JSON"),
         ("Fold_1/conf_mat.pkl", b"junk", "cannot be read"),
-        ("Fold_1/conf_mat.pkl", pickle.dumps(np.eye(2)), "is not a confusion matrix of 3 classes"),
+        ("Fold_1/conf_mat.pkl", pickle.dumps(np.eye(3)), "holds no confusion matrix"),
+        (
+            "Fold_1/conf_mat.pkl",
+            pickle.dumps(np.eye(2, dtype=int)),
+            "of 2 classes, but the run tells 3 apart",
+        ),
     ],
 )
 def test_damaged_files_in_one_sentence(
@@ -202,23 +211,51 @@ def test_calibration_of_a_fold_is_that_of_its_test_parcels(results: Path, folder
         assert sum(stored["right"]) == np.trace(matrix)
 
 
-def test_charts_put_numbers_in_their_places() -> None:
-    axes = Axes((0, 10), (0, 1), "x", "y")
-    assert axes.x(0) == LEFT and axes.x(10) < WIDTH and axes.x(5) == (axes.x(0) + axes.x(10)) / 2
-    assert axes.y(1) < axes.y(0.5) < axes.y(0) < HEIGHT
-    axes.add_line([0, 5, 10], [0, np.nan, 1], "val")
-    assert axes.shapes[0]["points"] == f"{axes.x(0)},{axes.y(0)} {axes.x(10)},{axes.y(1)}"
+def notes(results: Path) -> str:
+    """What the list of notes says."""
+    found = re.search(r'<ul class="notes">(.*?)</ul>', write_report(results).read_text(), flags=re.S)
+    return Page(found[1]).text if found else ""
 
-    logs = [{"1": {"train_loss": 3.0, "val_loss": None}, "2": {"train_loss": 1.0, "val_loss": 4.0}}]
-    curves = plot_curves([*logs, {"1": {"train_loss": 5.0, "val_loss": 2.0}}], "loss", "loss")
-    mean = next(shape for shape in curves.shapes if shape["style"] == "train")
-    assert mean["points"] == f"{curves.x(1)},{curves.y(4)} {curves.x(2)},{curves.y(1)}"
 
-    edges, count = np.linspace(0, 1, 4), np.array([0.0, 4.0, 12.0])
-    chart = plot_calibration(edges, count, np.array([0.0, 2.0, 9.0]), np.array([0.0, 1.0, 12.0]))
-    points = [(shape["x"], shape["y"]) for shape in chart.shapes if shape["kind"] == "point"]
-    assert points == [(chart.x(0.5), chart.y(0.25)), (chart.x(0.75), chart.y(1))]
-    bars = [shape for shape in chart.shapes if shape["kind"] == "bar"]
-    assert [round(bar["height"], 1) for bar in bars] == [
-        round(chart.y(0) - chart.y(h), 1) for h in (0, 0.25, 0.75)
-    ]
+def write_counts(results: Path, parts: list[list[int]]) -> None:
+    """Gives every fold these numbers of test parcels by class, all classified right."""
+    for fold, counts in enumerate(parts, start=1):
+        (results / f"Fold_{fold}" / "conf_mat.pkl").write_bytes(pickle.dumps(np.diag(counts)))
+
+
+def test_says_which_classes_a_fold_lacks(results: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(results, tmp_path / "copy")
+    write_counts(copy, [[5, 5, 3], [5, 5, 3], [5, 5, 3]])
+    assert notes(copy) == ""
+    # Folds 1 and 2 validate on part 3, and fold 3 on part 2; so fold 1 trains on part 2, and folds 2 and 3 on part 1.
+    write_counts(copy, [[5, 5, 0], [5, 5, 3], [5, 5, 3]])
+    test, training = [line for line in notes(copy).splitlines() if line.strip()]
+    assert "test" in test and re.findall(r"\d", test) == ["1", "9"]  # fold 1, class 9
+    assert "training" in training and re.findall(r"\d", training) == ["2", "9", "3", "9"]
+    config = json.loads((copy / "conf.json").read_text())
+    (copy / "conf.json").write_text(json.dumps(config | {"folds": "folds.json"}))  # validate on the next part
+    _, training = [line for line in notes(copy).splitlines() if line.strip()]
+    assert re.findall(r"\d", training) == ["2", "9"]
+    write_counts(copy, [[5, 5, 0], [5, 5, 0], [5, 5, 0]])
+    assert re.findall(r"\d", notes(copy)) == ["9"]
+    (copy / "Fold_3" / "conf_mat.pkl").unlink()
+    assert "training" not in notes(copy)  # not known before all are tested
+
+
+def test_says_that_a_validation_tells_nothing(results: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(results, tmp_path / "copy")
+    write_counts(copy, [[5, 5, 3], [5, 5, 3], [5, 0, 0]])
+    assert re.findall(r"[Ff]old (\d) validates", notes(copy)) == ["1", "2"]
+    log = json.loads((copy / "Fold_2" / "trainlog.json").read_text())
+    log["2"]["val_IoU"] = 1.0
+    (copy / "Fold_2" / "trainlog.json").write_text(json.dumps(log))
+    assert re.findall(r"Fold 2 .* 1 in epoch 2", notes(copy))
+
+
+def test_says_that_data_are_simulated(results: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(results, tmp_path / "copy")
+    config = json.loads((copy / "conf.json").read_text())
+    for simulated in (True, False):
+        (copy / "conf.json").write_text(json.dumps(config | {"simulated": simulated}))
+        text = Page(write_report(copy).read_text()).text
+        assert ("Simulated" in text.partition("Accuracy")[0]) == simulated
