@@ -22,7 +22,7 @@ from common.progress import Clock, format_scores, format_time
 from data.classes import read_class_names
 from data.draws import stream_key
 from data.folds import fold_splits, read_folds, read_parts
-from data.metadata import choose_nomenclature, read_info
+from data.metadata import choose_nomenclature, read_info, read_units
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from data.store import check_folder
@@ -270,6 +270,7 @@ def open_dataset(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
         n_extra=dataset.n_extra,
         nodata=dataset.store.nodata,
         nodata_declared=args.nodata is None and dataset.store.nodata is not None,
+        units=read_units(dataset.folder),
         varying=dataset.varying,
         norm=dataset.norm,
         extra_stats=dataset.extra_stats,

@@ -36,6 +36,17 @@ class Reading(NamedTuple):
     clear: tuple[int, ...] = ()
     scale: float | None = None
 
+    def convert(self, values: np.ndarray, offset: float) -> np.ndarray:
+        """Stored numbers with the image's offset added and scaled; whole ones are cut off where the type ends."""
+        if self.dtype.kind == "f":
+            values = values + np.float32(offset) if offset else values
+            return values if self.scale is None else values * np.float32(self.scale)
+        if not offset:
+            return values
+        limits = np.iinfo(self.dtype)
+        low, high = limits.min + (self.fill == limits.min), limits.max - (self.fill == limits.max)
+        return np.clip(values.astype(np.int64) + int(offset), low, high)
+
 
 def choose_reading(
     images: Sequence[Image], nodata: float | None, clear: Sequence[int], scale: float | None
@@ -46,7 +57,7 @@ def choose_reading(
     largest of an unsigned or the smallest of a signed type. Floating point, as with `scale`, gets NaN.
     """
     dtype = np.result_type(*{source.dtype for image in images for source in image.bands})
-    if scale is not None:
+    if scale is not None or not all(image.units.offset.is_integer() for image in images):
         dtype = np.dtype(np.float32)
     if dtype.kind == "f":
         return Reading(dtype, np.nan, nodata, tuple(clear), scale)
@@ -103,7 +114,7 @@ def read_pixels(
                         seen &= channel != channel.dtype.type(missing)
             if found.dtype.kind == "f":
                 seen &= np.isfinite(found).all(0)
-            values[places] = found if reading.scale is None else found * np.float32(reading.scale)
+            values[places] = reading.convert(found, image.units.offset)
         if image.mask is not None:
             mask = _read_mask(image, image.mask, window, rows, columns)
             seen &= np.isin(mask, reading.clear)
