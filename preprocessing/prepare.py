@@ -25,6 +25,7 @@ from common.files import check_new, write_bytes, write_json
 from common.flags import Parser, finite, positive
 
 LEFT_OUT = "left_out.csv"
+_BLANK = 0.01  # share of zeros that is worth a word
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,6 +53,12 @@ def parse_args() -> argparse.Namespace:
     added = "number that is added to all values before, and the first day of the images that it holds for (default: all); "
     added += "without it, what the files and their names tell"
     add("--offset", type=finite, nargs="+", metavar=("NUMBER", "YYYYMMDD"), help=added)
+    same = "what becomes of images of one date and place: a pixel of the first, by name, that sees it, their mean, or both"
+    add(
+        "--same_date",
+        choices=("mosaic", "mean", "separate"),
+        help=same + "; adjoining tiles are joined in any case",
+    )
     add = parser.add_argument_group("computing").add_argument
     add("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
     add("--scheduler", help="address of a Dask scheduler whose workers read the images")
@@ -88,7 +95,7 @@ def main() -> None:
         from preprocessing.images.units import choose_units
     images, bands = find_images(args.images, args.bands, args.cloud_mask)
     images, unit, assumed = choose_units(images, args.scale, args.offset)
-    grids = place_images(images)
+    grids = place_images(images, args.same_date)
     units = {"units": unit, "offsets": assumed}
     parcels = read_parcels(
         args.parcels, args.label_column, args.id_column, args.layer, args.skip_invalid, args.class_column
@@ -137,7 +144,7 @@ def _prepare(
     from preprocessing.images.workers import open_workers
 
     images = [image for grid in grids for image in grid.images]
-    reading = choose_reading(images, args.nodata, args.clear or (), args.scale)
+    reading = choose_reading(images, args.nodata, args.clear or (), args.scale, args.same_date == "mean")
     check_overlap(parcels.table, grids, args.parcels)
     memory = int(args.memory * 1e9)
     with open_workers(args.scheduler, read_pixels, images[0].bands[0].path) as workers:
@@ -161,6 +168,11 @@ def _prepare(
     complete.rename(output)
     shutil.rmtree(work)
     _print_report(output, report.summary, left_out)
+    if report.blank > _BLANK:
+        print(
+            f"{100 * report.blank:.1f}% of the pixels are 0 in all bands, which their files do not declare missing; if "
+            "they are, prepare again with --nodata 0"
+        )
     for group in units["offsets"]:
         print("offset {offset:g} of {images} image(s), {first} to {last}: {why}".format_map(group))
 

@@ -109,7 +109,7 @@ def test_the_planes_of_dates(tmp_path):
     with ThreadPoolExecutor(2) as executor:
         extract([layout], Reading(UINT16, 0), tmp_path, 10**8, (executor.submit, 2))
     for day in days:
-        found = np.load(plane_path(tmp_path, 0, int(day)))
+        found = np.load(plane_path(tmp_path, 0, (int(day), 0)))
         for place, pixel in enumerate(layout.pixels.tolist()):
             row, column = divmod(pixel, grid.width)
             expected = np.zeros(3)

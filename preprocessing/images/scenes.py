@@ -16,6 +16,7 @@ from preprocessing.images.units import Facts, Units, find_units
 _BAND = re.compile(r"(?<![A-Za-z0-9])B\d{1,2}A?(?![A-Za-z0-9])")  # as Sentinel-2 and Landsat name theirs
 _OFFSET_PROPERTIES = "s2:processing_baseline", "earthsearch:boa_offset_applied"  # of STAC items
 _OTHER_ROLES = {"thumbnail", "overview", "visual", "metadata"}  # of assets that are no bands
+When = tuple[int, int]  # date, YYYYMMDD, and place among the images of this date that are kept apart
 
 
 class Image(NamedTuple):
@@ -26,6 +27,12 @@ class Image(NamedTuple):
     bands: tuple[Source, ...]
     mask: Source | None
     units: Units = Units()
+    place: int = 0  # among the images of its date that are kept apart
+
+    @property
+    def when(self) -> When:
+        """Date and place; images that share both are one mosaic."""
+        return self.date, self.place
 
     @property
     def header(self) -> Header:
