@@ -182,6 +182,7 @@ class PixelSetData(Dataset):
         """
         folder = Path(folder)
         check_folder(folder)
+        settings.check_units(folder)
         labels = settings.labels_in(folder) if keep_all else settings.labels
         dataset = cls(
             folder,

@@ -123,6 +123,14 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
+def read_units(folder: Path) -> float | None:
+    """What a number of the pixels is in reflectance, by META/info.json; None if unknown."""
+    units = read_info(folder).get("units")
+    return (
+        float(units) if isinstance(units, int | float) and not isinstance(units, bool) and units > 0 else None
+    )
+
+
 def read_extra_features(
     folder: Path, name: str, pid: Sequence[str], stats: Arrays | None = None
 ) -> tuple[np.ndarray, Arrays]:

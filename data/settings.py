@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.metadata import Arrays, read_info, read_nomenclatures
+from common.errors import UserError
+from data.metadata import Arrays, read_info, read_nomenclatures, read_units
 
 LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
 # The 20 classes of the paper, those with over 100 parcels of Sentinel2-Agri each.
@@ -24,6 +25,7 @@ class DataSettings:
         nodata: value that means missing in all channels of a pixel, besides NaN; None if there is none.
         nodata_declared: whether it is the one that META/info.json of the training data declared. Another dataset's own
             declaration then takes its place; a value that was typed stays.
+        units: what a number of the training data is in reflectance, by its META/info.json; None if unknown.
         season_start: (month, day) that days are counted from; None for the first date of the dataset.
         varying: whether dates are treated as varying in any case.
         n_channels: channels that a dataset must have; None for any.
@@ -39,6 +41,7 @@ class DataSettings:
     n_extra: int = 4
     nodata: float | None = None
     nodata_declared: bool = False
+    units: float | None = None
     season_start: tuple[int, int] | None = None
     varying: bool = False
     n_channels: int | None = None
@@ -57,6 +60,7 @@ class DataSettings:
             # JSON knows no infinity.
             "nodata": self.nodata if self.nodata is None or math.isfinite(self.nodata) else str(self.nodata),
             "nodata_declared": self.nodata_declared,
+            "units": self.units,
             "season_start": None if self.season_start is None else list(self.season_start),
             "varying_dates": self.varying,
             "rdm_seed": self.seed,
@@ -74,6 +78,7 @@ class DataSettings:
             n_extra=config["n_extra"],
             nodata=None if config["nodata"] is None else float(config["nodata"]),
             nodata_declared=config["nodata_declared"],
+            units=config["units"],
             season_start=None if config["season_start"] is None else tuple(config["season_start"]),
             varying=config["lms"] is None,
             n_channels=config["input_dim"],
@@ -89,6 +94,15 @@ class DataSettings:
         if self.nodata is None or (self.nodata_declared and declared is not None):
             return declared
         return self.nodata
+
+    def check_units(self, folder: Path) -> None:
+        """Raises a UserError for a dataset in other units, unless its own normalisation is to be used."""
+        found = read_units(folder)
+        if None not in (self.units, found, self.norm) and not math.isclose(self.units, found, rel_tol=1e-6):
+            raise UserError(
+                f"a number in {folder} is {found:g} in reflectance, but the model was trained on {self.units:g}; prepare "
+                "the data with the --scale and --offset of the training, or give their own --norm."
+            )
 
     def labels_in(self, folder: Path) -> str | None:
         """The nomenclature, None where a dataset does not have it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError, as_user_error
 from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
-from data.metadata import choose_nomenclature
+from data.metadata import choose_nomenclature, read_units
 from data.packing import check_folder
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from dataset import PixelSetData, PixelSetData_preloaded, find_norm
@@ -149,6 +149,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         settings,
         n_extra=dataset.n_extra,
         nodata=dataset.store.nodata,
+        units=read_units(folder),
         nodata_declared=args.nodata is None and dataset.store.nodata is not None,
         varying=dataset.varying,
         norm=dataset.norm,

@@ -324,6 +324,7 @@ def _entries() -> dict[str, Callable[[Any], bool]]:
         "sub_classes": _is_classes,
         "npixel": _is_whole,
         "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),
+        "units": _or_none(_is_number),
         "season_start": _or_none(lambda value: _is_list(value) and len(value) == 2),
         "dataset_folder": _or_none(is_text),
         "class_names": _or_none(lambda value: isinstance(value, dict)),

@@ -25,6 +25,7 @@ from common.files import check_new, write_bytes, write_json
 from common.flags import Parser, finite, positive
 
 LEFT_OUT = "left_out.csv"
+_BLANK = 0.01  # share of zeros that is worth a word
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,6 +50,15 @@ def parse_args() -> argparse.Namespace:
     add("--cloud_mask", help="band of the images, or pattern of files in quotes, that shows clouds")
     add("--clear", type=int, nargs="+", help="values of the cloud mask where the ground is seen")
     add("--scale", type=finite, help="factor of all values, such as 0.0001; writes float32")
+    added = "number that is added to all values before, and the first day of the images that it holds for (default: all); "
+    added += "without it, what the files and their names tell"
+    add("--offset", type=finite, nargs="+", metavar=("NUMBER", "YYYYMMDD"), help=added)
+    same = "what becomes of images of one date and place: a pixel of the first, by name, that sees it, their mean, or both"
+    add(
+        "--same_date",
+        choices=("mosaic", "mean", "separate"),
+        help=same + "; adjoining tiles are joined in any case",
+    )
     add = parser.add_argument_group("computing").add_argument
     add("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
     add("--scheduler", help="address of a Dask scheduler whose workers read the images")
@@ -72,21 +82,28 @@ def main() -> None:
         raise UserError("--class_column names the labels of --label_column; give both.")
     if args.scale == 0:
         raise UserError("--scale is 0; give the factor that turns values into reflectances, such as 0.0001.")
+    if args.offset and len(args.offset) > 2:
+        raise UserError(
+            "--offset takes a number and, if it does not hold for all images, the first day of those."
+        )
     output = Path(args.output).resolve()
     check_new(output)
     with as_user_error(ImportError, prefix="preparing images needs the packages of requirements-geo.txt: "):
         from preprocessing.images.grids import place_images
         from preprocessing.images.outlines import read_parcels
         from preprocessing.images.scenes import find_images
+        from preprocessing.images.units import choose_units
     images, bands = find_images(args.images, args.bands, args.cloud_mask)
-    grids = place_images(images)
+    images, unit, assumed = choose_units(images, args.scale, args.offset)
+    grids = place_images(images, args.same_date)
+    units = {"units": unit, "offsets": assumed}
     parcels = read_parcels(
         args.parcels, args.label_column, args.id_column, args.layer, args.skip_invalid, args.class_column
     )
     with as_user_error(OSError, prefix=f"the dataset cannot be written to {output}: "):
         images = [image for grid in grids for image in grid.images]
         with _working_folder(output, _fingerprint(args, images)) as work:
-            _prepare(args, output, work, grids, bands, parcels)
+            _prepare(args, output, work, grids, bands, parcels, units)
 
 
 @contextmanager
@@ -112,7 +129,13 @@ def _working_folder(output: Path, fingerprint: str) -> Iterator[Path]:
 
 
 def _prepare(
-    args: argparse.Namespace, output: Path, work: Path, grids: list, bands: list[str], parcels: object
+    args: argparse.Namespace,
+    output: Path,
+    work: Path,
+    grids: list,
+    bands: list[str],
+    parcels: object,
+    units: dict,
 ) -> None:
     """Writes the dataset in the working folder, from where it is renamed."""
     from preprocessing.images.extract import choose_reading, extract, read_pixels
@@ -121,7 +144,7 @@ def _prepare(
     from preprocessing.images.workers import open_workers
 
     images = [image for grid in grids for image in grid.images]
-    reading = choose_reading(images, args.nodata, args.clear or (), args.scale)
+    reading = choose_reading(images, args.nodata, args.clear or (), args.scale, args.same_date == "mean")
     check_overlap(parcels.table, grids, args.parcels)
     memory = int(args.memory * 1e9)
     with open_workers(args.scheduler, read_pixels, images[0].bands[0].path) as workers:
@@ -131,7 +154,8 @@ def _prepare(
         extract(layouts, reading, work, memory, workers)
     complete = work / "complete"
     shutil.rmtree(complete, ignore_errors=True)
-    info = {"nodata": None if math.isnan(reading.fill) else reading.fill, "bands": bands, "scale": args.scale}
+    nodata = None if math.isnan(reading.fill) else reading.fill
+    info = {"nodata": nodata, "bands": bands, "scale": args.scale, **units}
     report = write_dataset(complete, layouts, parcels.table, reading, info, args.label_column, memory)
     if parcels.classes:
         write_json(complete / "META" / "classes.json", {args.label_column: parcels.classes})
@@ -144,6 +168,13 @@ def _prepare(
     complete.rename(output)
     shutil.rmtree(work)
     _print_report(output, report.summary, left_out)
+    if report.blank > _BLANK:
+        print(
+            f"{100 * report.blank:.1f}% of the pixels are 0 in all bands, which their files do not declare missing; if "
+            "they are, prepare again with --nodata 0"
+        )
+    for group in units["offsets"]:
+        print("offset {offset:g} of {images} image(s), {first} to {last}: {why}".format_map(group))
 
 
 def _fingerprint(args: argparse.Namespace, images: list) -> str:

@@ -27,8 +27,11 @@ def write_image(
     size: float = 10,
     **options: object,
 ) -> Path:
-    """Writes values (C, H, W) in tiles of 32 pixels; `names` in the options are the bands' descriptions."""
-    names = options.pop("names", None)
+    """Writes values (C, H, W) in tiles of 32 pixels.
+
+    Among the options, `names` are the bands' descriptions, `scaled` their scale and offset.
+    """
+    names, scaled = options.pop("names", None), options.pop("scaled", None)
     path.parent.mkdir(parents=True, exist_ok=True)
     C, height, width = values.shape
     with rasterio.open(
@@ -50,6 +53,8 @@ def write_image(
         file.write(values)
         if names:
             file.descriptions = names
+        if scaled:
+            file.scales, file.offsets = C * [scaled[0]], C * [scaled[1]]
     return path
 
 

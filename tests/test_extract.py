@@ -24,13 +24,14 @@ from preprocessing.images.extract import (
 from preprocessing.images.grids import place_images
 from preprocessing.images.layout import lay_out
 from preprocessing.images.scenes import Image, find_images
+from preprocessing.images.units import choose_units
 
 UINT16 = np.dtype(np.uint16)
 
 
 def one_image(path: Path, values: np.ndarray, bands: list[str] | None = None, **options: object) -> Image:
     write_image(path, values, **options)
-    return find_images(str(path.parent), bands)[0][0]
+    return choose_units(find_images(str(path.parent), bands)[0])[0][0]
 
 
 def some_pixels(seed: int, window: Window, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
@@ -103,12 +104,12 @@ def test_the_planes_of_dates(tmp_path):
             values = random_values(2 * i + j) % 50
             images[day, name] = values
             write_image(tmp_path / "images" / f"{name}_{day}.tif", values, LEFT + 10 * offset * j, nodata=0)
-    (grid,) = place_images(find_images(str(tmp_path / "images"))[0])
+    (grid,) = place_images(choose_units(find_images(str(tmp_path / "images"))[0])[0])
     (layout,) = lay_out(geopandas.GeoSeries(difficult_outlines(), crs=CRS), [grid], 0, tmp_path)
     with ThreadPoolExecutor(2) as executor:
         extract([layout], Reading(UINT16, 0), tmp_path, 10**8, (executor.submit, 2))
     for day in days:
-        found = np.load(plane_path(tmp_path, 0, int(day)))
+        found = np.load(plane_path(tmp_path, 0, (int(day), 0)))
         for place, pixel in enumerate(layout.pixels.tolist()):
             row, column = divmod(pixel, grid.width)
             expected = np.zeros(3)

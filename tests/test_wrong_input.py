@@ -647,6 +647,7 @@ def test_an_entry_that_the_configuration_lacks_has_its_default(infer, results, t
         "tae",
         "nodata",
         "nodata_declared",
+        "units",
         "season_start",
         "class_names",
         "rdm_seed",

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.progress import progress_bar
 from preprocessing.images.grids import block_shape
 from preprocessing.images.layout import Blocks, Layout, sort_by_blocks
-from preprocessing.images.scenes import Image, Source, read_header
+from preprocessing.images.scenes import Image, Source, When, read_header
 from preprocessing.images.workers import Workers, run_ahead
 
 
@@ -28,6 +28,7 @@ class Reading(NamedTuple):
         nodata: value of missing pixels in the images, besides what their files name; None for none.
         clear: values of the cloud mask where the ground is seen.
         scale: factor; None leaves values as they are.
+        averages: whether a pixel that several images of one date see is their mean, not that of the first.
     """
 
     dtype: np.dtype
@@ -35,10 +36,26 @@ class Reading(NamedTuple):
     nodata: float | None = None
     clear: tuple[int, ...] = ()
     scale: float | None = None
+    averages: bool = False
+
+    def convert(self, values: np.ndarray, offset: float) -> np.ndarray:
+        """Stored numbers with the image's offset added and scaled; whole ones are cut off where the type ends."""
+        if self.dtype.kind == "f":
+            values = values + np.float32(offset) if offset else values
+            return values if self.scale is None else values * np.float32(self.scale)
+        if not offset:
+            return values
+        limits = np.iinfo(self.dtype)
+        low, high = limits.min + (self.fill == limits.min), limits.max - (self.fill == limits.max)
+        return np.clip(values.astype(np.int64) + int(offset), low, high)
 
 
 def choose_reading(
-    images: Sequence[Image], nodata: float | None, clear: Sequence[int], scale: float | None
+    images: Sequence[Image],
+    nodata: float | None,
+    clear: Sequence[int],
+    scale: float | None,
+    averages: bool = False,
 ) -> Reading:
     """Type and missing value of the output.
 
@@ -46,15 +63,15 @@ def choose_reading(
     largest of an unsigned or the smallest of a signed type. Floating point, as with `scale`, gets NaN.
     """
     dtype = np.result_type(*{source.dtype for image in images for source in image.bands})
-    if scale is not None:
+    if scale is not None or not all(image.units.offset.is_integer() for image in images):
         dtype = np.dtype(np.float32)
     if dtype.kind == "f":
-        return Reading(dtype, np.nan, nodata, tuple(clear), scale)
+        return Reading(dtype, np.nan, nodata, tuple(clear), scale, averages)
     limits = np.iinfo(dtype)
     wanted = images[0].bands[0].nodata if nodata is None else nodata
     if not fits(wanted, dtype):
         wanted = limits.max if dtype.kind == "u" else limits.min
-    return Reading(dtype, int(wanted), nodata, tuple(clear), scale)
+    return Reading(dtype, int(wanted), nodata, tuple(clear), scale, averages)
 
 
 def fits(value: float | None, dtype: np.dtype) -> bool:
@@ -103,7 +120,7 @@ def read_pixels(
                         seen &= channel != channel.dtype.type(missing)
             if found.dtype.kind == "f":
                 seen &= np.isfinite(found).all(0)
-            values[places] = found if reading.scale is None else found * np.float32(reading.scale)
+            values[places] = reading.convert(found, image.units.offset)
         if image.mask is not None:
             mask = _read_mask(image, image.mask, window, rows, columns)
             seen &= np.isin(mask, reading.clear)
@@ -133,7 +150,7 @@ def _read_mask(
 def extract(layouts: Sequence[Layout], reading: Reading, folder: Path, memory: int, workers: Workers) -> None:
     """Reads all images once, into one file (C, P) per grid and date; files that are there already are kept.
 
-    Several images of one date on one grid are one: a pixel comes from the first, by name, that sees it.
+    Several images of one date on one grid are one: a pixel comes from the first, by name, that sees it, or from all.
 
     Args:
         layouts: which pixels.
@@ -159,18 +176,18 @@ def extract(layouts: Sequence[Layout], reading: Reading, folder: Path, memory: i
             ]
             name = "reading" if len(layouts) == 1 else f"reading grid {g + 1}/{len(layouts)}"
             with progress_bar(None, name, "blocks") as bar:
-                bar.total = sum(len(each.windows) for image, each in todo if image.date in dates)
+                bar.total = sum(len(each.windows) for image, each in todo if image.when in dates)
                 for date in dates:
-                    parts = [(image, each) for image, each in todo if image.date == date]
+                    parts = [(image, each) for image, each in todo if image.when == date]
                     path = plane_path(folder, g, date)
                     _extract_date(
                         parts, len(layout.pixels), reading, path, partial(run_ahead, submit, ahead=ahead), bar
                     )
 
 
-def plane_path(folder: Path, grid: int, date: int) -> Path:
+def plane_path(folder: Path, grid: int, when: When) -> Path:
     """File of the pixels of one grid at one date."""
-    return folder / f"{grid}-{date}.npy"
+    return folder / f"{grid}-{when[0]}{f'-{when[1]}' if when[1] else ''}.npy"
 
 
 def _widest(images: Sequence[Image]) -> int:
@@ -183,9 +200,11 @@ def _extract_date(
 ) -> None:
     """Writes the file of one date; under its final name only once it is complete."""
     shape = len(parts[0][0].bands), n_pixels
-    temporary = path.with_suffix(".part")
+    temporary, sums = path.with_suffix(".part"), path.with_suffix(".sum")
     plane = np.lib.format.open_memmap(temporary, "w+", reading.dtype, shape)
-    missing = np.ones(n_pixels, bool)
+    averages = reading.averages and len(parts) > 1
+    total = np.lib.format.open_memmap(sums, "w+", np.float64, shape) if averages else plane
+    count = np.zeros(n_pixels, np.int32)  # of images that see a pixel
     wheres: deque = deque()
 
     def tasks() -> Iterator[tuple]:
@@ -197,15 +216,19 @@ def _extract_date(
 
     for values, seen in run(read_pixels, tasks()):
         where = wheres.popleft()
-        new = seen & missing[where]
+        new = seen if averages else seen & (count[where] == 0)
         if not new.all():
             where, values = where[new], values[:, new]
-        plane[:, where] = values
-        missing[where] = False
+        total[:, where] = total[:, where] + values if averages else values
+        count[where] += 1
         bar.update()
-    for start in range(0, n_pixels if missing.any() else 0, 2**20):
-        gaps = start + np.flatnonzero(missing[start : start + 2**20])
-        plane[:, gaps] = reading.fill
+    for start in range(0, n_pixels if averages or not count.all() else 0, 2**20):
+        part = slice(start, start + 2**20)
+        if averages:
+            mean = total[:, part] / np.maximum(count[part], 1)
+            plane[:, part] = mean if reading.dtype.kind == "f" else np.rint(mean)
+        plane[:, start + np.flatnonzero(count[part] == 0)] = reading.fill
     plane.flush()
-    del plane
+    del plane, total
+    sums.unlink(missing_ok=True)
     temporary.rename(path)

@@ -11,7 +11,7 @@ from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from common.errors import UserError
-from preprocessing.images.scenes import Image
+from preprocessing.images.scenes import Image, When
 
 _SIDE = 1024  # pixels of a block's side, unless memory asks for less
 
@@ -28,6 +28,13 @@ class Footprint(NamedTuple):
         """Whether pixels of the grid lie inside."""
         rows, columns = rows - self.row, columns - self.column
         return (rows >= 0) & (rows < self.height) & (columns >= 0) & (columns < self.width)
+
+    def hides(self, other: "Footprint") -> bool:
+        """Whether one covers more than half of the other; tiles of one orbit that adjoin overlap by a tenth."""
+        height = min(self.row + self.height, other.row + other.height) - max(self.row, other.row)
+        width = min(self.column + self.width, other.column + other.width) - max(self.column, other.column)
+        smaller = min(self.height * self.width, other.height * other.width)
+        return 2 * max(height, 0) * max(width, 0) > smaller
 
 
 @dataclass
@@ -49,9 +56,9 @@ class Grid:
     footprints: list[Footprint] = field(default_factory=list)
 
     @cached_property
-    def dates(self) -> list[int]:
-        """Dates of the images, YYYYMMDD, increasing; several images of one date count once."""
-        return sorted({image.date for image in self.images})
+    def dates(self) -> list[When]:
+        """Dates of the images, increasing; several images of one date count once, unless they are kept apart."""
+        return sorted({image.when for image in self.images})
 
     @cached_property
     def places(self) -> list[Footprint]:
@@ -59,11 +66,16 @@ class Grid:
         return sorted(set(self.footprints))
 
 
-def place_images(images: Sequence[Image]) -> list[Grid]:
+def place_images(images: Sequence[Image], same_date: str | None = None) -> list[Grid]:
     """Places images on one grid per coordinate system.
 
+    Args:
+        images: ordered by date and name.
+        same_date: what becomes of images of one date and one place, see `--same_date` of preprocessing.prepare.
+
     Raises:
-        UserError: if resolutions differ, or images of one system are shifted by part of a pixel.
+        UserError: if resolutions differ, images of one system are shifted by part of a pixel, or images of one date show
+            one place and nothing was chosen.
     """
     first = images[0]
     by_crs: dict[str, list[Image]] = {}
@@ -75,7 +87,10 @@ def place_images(images: Sequence[Image]) -> list[Grid]:
                 f"{expected[0]:g} x {expected[1]:g}; resample them to one resolution with gdalwarp -tr."
             )
         by_crs.setdefault(_name(image.header.crs), []).append(image)
-    return [_mosaic(members) for members in by_crs.values()]
+    grids = [_mosaic(members) for members in by_crs.values()]
+    for grid in grids:
+        _keep_apart(grid, same_date)
+    return grids
 
 
 def _name(crs: CRS) -> str:
@@ -106,6 +121,28 @@ def _mosaic(images: list[Image]) -> Grid:
     return Grid(
         images[0].header.crs, origin @ Affine.translation(column, row), height, width, images, footprints
     )
+
+
+def _keep_apart(grid: Grid, same_date: str | None) -> None:
+    """Gives images that show one place on one date places of their own, if wanted; adjoining tiles stay one mosaic."""
+    taken: dict[tuple[int, int], list[tuple[Image, Footprint]]] = {}
+    double = []
+    for i, (image, place) in enumerate(zip(grid.images, grid.footprints)):
+        k = 0
+        while rivals := [each for each, other in taken.get((image.date, k), ()) if place.hides(other)]:
+            double.append((rivals[0], image))
+            k += 1
+        taken.setdefault((image.date, k), []).append((image, place))
+        if same_date == "separate":
+            grid.images[i] = image._replace(place=k)
+    if double and same_date is None:
+        first, second = double[0]
+        dates = len({image.date for _, image in double})
+        raise UserError(
+            f"{first.name} and {second.name} show one place on one date ({dates} such date(s) in all); choose with "
+            "--same_date: mosaic (a pixel comes from the first, by name, that sees it), mean, or separate (each counts as "
+            "a date)."
+        )
 
 
 def block_shape(image: Image, most_pixels: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
 from common.errors import UserError
+from preprocessing.images.units import Facts
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
 DATE = re.compile(r"((?:19|20)\d\d)(-?)(\d\d)\2(\d\d)")
@@ -27,6 +28,7 @@ class Header(NamedTuple):
     names: tuple[str, ...]  # of the bands: their descriptions, or 1, 2, ...
     dtypes: tuple[str, ...]
     nodata: tuple[float | None, ...]
+    scaled: tuple[tuple[float, float], ...]  # scale and offset of the bands; 1 and 0 where none are named
 
 
 class Source(NamedTuple):
@@ -34,6 +36,7 @@ class Source(NamedTuple):
 
     path: str
     band: int
+    said: tuple[float, float] | None = None  # scale and offset by what stands beside the file
 
     @property
     def dtype(self) -> str:
@@ -45,6 +48,12 @@ class Source(NamedTuple):
         """The value that stands for missing ones, None if the file names none."""
         return read_header(self.path).nodata[self.band - 1]
 
+    @property
+    def declared(self) -> tuple[float, float] | None:
+        """Scale and offset that are named for the band, beside its file or in it."""
+        found = self.said or read_header(self.path).scaled[self.band - 1]
+        return None if found[0] == 0 or found == (1, 0) else found
+
 
 class Scene(NamedTuple):
     """Everything that belongs to one acquisition of one place."""
@@ -52,6 +61,7 @@ class Scene(NamedTuple):
     name: str
     date: int  # YYYYMMDD
     bands: dict[str, Source]
+    facts: Facts = Facts()
 
 
 @lru_cache(maxsize=None)
@@ -66,6 +76,7 @@ def read_header(path: str) -> Header:
             crs, transform, names = file.crs, file.transform, file.descriptions
             shapes, dtypes, nodata = file.block_shapes, file.dtypes, file.nodatavals
             height, width = file.shape
+            scaled = tuple(zip(file.scales, file.offsets))
     except RasterioError as error:
         raise UserError(
             f"{path} cannot be read as an image ({error}); copy it again or remove it."
@@ -78,7 +89,7 @@ def read_header(path: str) -> Header:
         raise UserError(f"{path} is not north up; resample it with gdalwarp.")
     if not all(names) or len(set(names)) < len(names):
         names = tuple(str(i + 1) for i in range(len(names)))
-    return Header(crs, transform, height, width, shapes[0], names, dtypes, nodata)
+    return Header(crs, transform, height, width, shapes[0], names, dtypes, nodata, scaled)
 
 
 def find_date(name: str, source: str) -> int:

@@ -16,6 +16,7 @@ from rasterio.windows import Window
 from common.progress import progress_bar
 from preprocessing.images.grids import Footprint, Grid, windows
 from preprocessing.images.outlines import to_metres
+from preprocessing.images.scenes import When
 
 _CHUNK = 2**20  # pixels that are sorted at a time
 _CELL = 1024  # pixels of a cell; parcels are ordered by cells, so that neighbours in space are so on disk
@@ -43,14 +44,14 @@ class Layout:
     filled: np.ndarray
     kept: np.ndarray
 
-    def dates(self) -> list[tuple[int, ...]]:
-        """Dates of all images whose extent holds pixels of a parcel, YYYYMMDD, for every parcel."""
+    def dates(self) -> list[tuple[When, ...]]:
+        """Dates of all images whose extent holds pixels of a parcel, for every parcel."""
         patterns, which = np.unique(self.covered, axis=0, return_inverse=True)
         images = list(zip(self.grid.images, self.grid.footprints))
         dates = []
         for covered in patterns:
             places = set(compress(self.grid.places, covered))
-            dates.append(tuple(sorted({image.date for image, place in images if place in places})))
+            dates.append(tuple(sorted({image.when for image, place in images if place in places})))
         return [dates[pattern] for pattern in which.ravel()]
 
 

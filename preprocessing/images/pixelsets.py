@@ -18,6 +18,7 @@ from preprocessing.images.extract import Reading, is_missing, plane_path
 from preprocessing.images.grids import Grid
 from preprocessing.images.layout import Layout
 from preprocessing.images.outlines import GEOMFEAT, features, to_metres
+from preprocessing.images.scenes import When
 
 
 class Report(NamedTuple):
@@ -26,10 +27,12 @@ class Report(NamedTuple):
     Attributes:
         summary: one line.
         left_out: id and reason of parcels that no image sees.
+        blank: share of the pixels that are there but 0 in all channels of their image.
     """
 
     summary: str
     left_out: list[tuple[str, str]]
+    blank: float
 
 
 def check_overlap(table: GeoDataFrame, grids: Sequence[Grid], path: str) -> None:
@@ -126,18 +129,26 @@ def write_dataset(
         dates |= dict(zip(ids[layout.parcels[layout.kept]], compress(layout.dates(), layout.kept)))
     shared = len(set(dates.values())) == 1
     moments = Moments("date" if shared else "channel")
-    sizes, geometry, left_out = {}, {}, []
+    sizes, geometry, left_out, n_blank, n_pixels = {}, {}, [], 0, 0
     total = sum(int(layout.kept.sum()) for layout in layouts)
     with progress_bar(None, "writing parcels", "parcels") as bar:
         bar.total = total
         for g, layout in enumerate(layouts):
             outlines = to_metres(table.geometry.iloc[layout.parcels], layout.grid.crs)
             described = features(outlines, layout.filled).tolist()
+            zero = {
+                image.when: reading.convert(np.zeros(1), image.units.offset) for image in layout.grid.images
+            }
+            zero = np.array([zero[when] for when in layout.grid.dates], reading.dtype)
             for i, values in _cut(layout, g, folder.parent, memory // 6):
                 parcel = layout.parcels[i]
-                if len(dates[ids[parcel]]) < len(values):
-                    values = values[np.isin(layout.grid.dates, dates[ids[parcel]])]
+                own, rows = dates[ids[parcel]], slice(None)
+                if len(own) < len(values):
+                    rows = [t for t, when in enumerate(layout.grid.dates) if when in own]
+                    values = values[rows]
                 missing = is_missing(values, reading.fill)
+                n_blank += ((values == zero[rows, None]).all(1) & ~missing).sum()
+                n_pixels += missing.size
                 bar.update()
                 if missing.all():
                     left_out.append((parcel_name(table, parcel), "missing or under clouds on all dates"))
@@ -156,7 +167,7 @@ def write_dataset(
     summary = (
         f"{len(sizes):,} parcels, {sum(sizes.values()):,} pixels, {spread} dates, {len(info['bands'])} bands"
     )
-    return Report(summary, left_out)
+    return Report(summary, left_out, n_blank / n_pixels)
 
 
 def _cut(layout: Layout, grid: int, folder: Path, memory: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -183,7 +194,7 @@ def _write_meta(
     table: GeoDataFrame,
     sizes: dict[int, int],
     geometry: dict[int, list[float]],
-    dates: dict[int, tuple[int, ...]],
+    dates: dict[int, tuple[When, ...]],
     crs: Any,
     info: dict[str, Any],
     nomenclature: str | None,
@@ -194,7 +205,7 @@ def _write_meta(
     outlines = rows.to_crs(crs)
     write_json(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
     write_json(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
-    per_parcel = {key: list(dates[int(key)]) for key in keys}
+    per_parcel = {key: [date for date, _ in dates[int(key)]] for key in keys}
     if len(set(map(tuple, per_parcel.values()))) == 1:
         per_parcel = {str(t): date for t, date in enumerate(per_parcel[keys[0]])}
     write_json(meta / "dates.json", per_parcel)

@@ -5,15 +5,18 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.files import read_json
 from common.progress import progress_bar
 from preprocessing.images.headers import DATE, SUFFIXES, Header, Scene, Source, find_date, read_header
+from preprocessing.images.units import Facts, Units, find_units
 
 _BAND = re.compile(r"(?<![A-Za-z0-9])B\d{1,2}A?(?![A-Za-z0-9])")  # as Sentinel-2 and Landsat name theirs
+_OFFSET_PROPERTIES = "s2:processing_baseline", "earthsearch:boa_offset_applied"  # of STAC items
 _OTHER_ROLES = {"thumbnail", "overview", "visual", "metadata"}  # of assets that are no bands
+When = tuple[int, int]  # date, YYYYMMDD, and place among the images of this date that are kept apart
 
 
 class Image(NamedTuple):
@@ -23,6 +26,13 @@ class Image(NamedTuple):
     date: int  # YYYYMMDD
     bands: tuple[Source, ...]
     mask: Source | None
+    units: Units = Units()
+    place: int = 0  # among the images of its date that are kept apart
+
+    @property
+    def when(self) -> When:
+        """Date and place; images that share both are one mosaic."""
+        return self.date, self.place
 
     @property
     def header(self) -> Header:
@@ -143,12 +153,14 @@ def _read_stac(path: Path) -> list[Scene]:
         for item in progress_bar(collection.get("features", [collection]), "reading headers", "items"):
             name, properties = item["id"], item["properties"]
             when = properties.get("datetime") or properties["start_datetime"]
-            scene = Scene(f"{name} of {path}", find_date(when, f"item {name} of {path}"), {})
+            baseline, applied = (properties.get(key) for key in _OFFSET_PROPERTIES)
+            date = find_date(when, f"item {name} of {path}")
+            scene = Scene(f"{name} of {path}", date, {}, Facts(baseline, applied))
             for key, asset in item["assets"].items():
                 if _OTHER_ROLES.isdisjoint({key, *asset.get("roles", ())}):
-                    scene.bands.update(_read_asset(key, asset["href"], path))
+                    scene.bands.update(_read_asset(key, asset, path))
             scenes.append(scene)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(
             f"{path} is not a STAC item collection ({error!r} where an item's id, datetime or assets were expected); "
             "write it again, such as by pystac's ItemCollection.save_object."
@@ -158,15 +170,26 @@ def _read_stac(path: Path) -> list[Scene]:
     return scenes
 
 
-def _read_asset(key: str, href: str, collection: Path) -> dict[str, Source]:
+def _read_asset(key: str, asset: dict[str, Any], collection: Path) -> dict[str, Source]:
     """The bands of one asset, if it is a raster; a file of several bands gives each under its own name."""
+    href = asset["href"]
     if not href.lower().endswith(SUFFIXES):
         return {}
     if "://" in href and not href.startswith("file://"):
         raise UserError(f"{collection} refers to {href}; download its assets first and refer to local files.")
     path = os.path.abspath(collection.parent / href.removeprefix("file://"))
     names = read_header(path).names
-    return {key if len(names) == 1 else name: Source(path, i + 1) for i, name in enumerate(names)}
+    found = {}
+    for i, name in enumerate(names):
+        # As STAC 1.0 has it, as 1.1 has it for a band, as 1.1 has it for all bands.
+        old, new = ((asset.get(entry) or [{}] * len(names))[i] for entry in ("raster:bands", "bands"))
+        scale, offset = (
+            old.get(what, new.get(f"raster:{what}", asset.get(f"raster:{what}")))
+            for what in ("scale", "offset")
+        )
+        said = None if scale is offset is None else (float(1 if scale is None else scale), float(offset or 0))
+        found[key if len(names) == 1 else name] = Source(path, i + 1, said)
+    return found
 
 
 def _choose(
@@ -197,13 +220,14 @@ def _choose(
             "name with --bands what all images have."
         )
     first = image.header
-    for path, _ in image.bands:
+    for path in {band.path for band in image.bands}:
         header = read_header(path)
         if header[:4] != first[:4]:
             raise UserError(
                 f"{path} and {image.bands[0].path} are bands of one image but differ in resolution, size or place; "
                 "resample them to one grid with gdalwarp, or choose others with --bands."
             )
+    image = image._replace(units=find_units(scene.name, image.bands, scene.facts))
     return image if masks is None else image._replace(mask=_match_mask(image, masks))
 
 
