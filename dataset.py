@@ -1,7 +1,7 @@
 """Pixel-set datasets: the pixels of agricultural parcels at every date, their labels and features."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class PixelSetData(Dataset):
 
     Args:
         folder: dataset folder with DATA/<id>.npy (T, C, S), META/labels.json, META/dates.json and META/<extra>.json.
-        labels: nomenclature of META/labels.json to use; None for a dataset without labels (targets are then -1).
+        labels: nomenclature of META/labels.json to use, or labels by parcel id; None for a dataset without labels (targets
+            are then -1). Parcels without a label are left out, unless `keep_all` is set.
         npixel: number of pixels of a set. A larger parcel is sampled without replacement; a smaller one filled up
             with copies of its first pixel, whose mask is 0.
         sub_classes: labels to keep, mapped to 0, 1, ... in this order; None keeps all, as they are.
@@ -84,6 +85,7 @@ class PixelSetData(Dataset):
         n_dates: T, the most of any parcel.
         n_channels, n_extra: C and the number of extra features F.
         varying: see above.
+        n_unlabelled: parcels without a label.
         n_unobserved: parcels left out since they have no observation at all.
 
     Raises:
@@ -95,7 +97,7 @@ class PixelSetData(Dataset):
     def __init__(
         self,
         folder: str | Path,
-        labels: str | None,
+        labels: str | Mapping[str, int | str] | None,
         npixel: int,
         sub_classes: Sequence[int | str] | None = None,
         norm: Arrays | Sequence[float] | None = None,
@@ -117,18 +119,16 @@ class PixelSetData(Dataset):
         check_folder(self.folder)  # and META: packing can take long, what can be wrong is looked at before
         days = read_days(self.folder, list_parcels(self.folder))
         shared = isinstance(days, np.ndarray)
-        nomenclature = {} if labels is None else read_nomenclature(self.folder, labels)
+        if isinstance(labels, str):
+            labels = read_nomenclature(self.folder, labels)
+        nomenclature = labels or {}
         nodata = read_info(self.folder).get("nodata") if nodata is None else nodata
         n_dates = len(days) if shared else {parcel: len(own) for parcel, own in days.items()}
         self.store = open_store(folder, cache_dir, self.in_memory, nodata, n_dates)
         self.n_dates, self.n_channels = int(self.store.dates.max()), self.store.n_channels
 
         codes = [nomenclature.get(str(parcel)) for parcel in self.store.ids]
-        if labels is not None and not keep_all and None in codes:
-            raise UserError(
-                f"parcel {self.store.ids[codes.index(None)]} has no label in {labels!r} of "
-                f"{self.folder / 'META' / 'labels.json'}; add it or remove the parcel's file."
-            )
+        self.n_unlabelled = codes.count(None) if labels is not None else 0
         self.classes = None if sub_classes is None else list(sub_classes)
         if sub_classes is None and any(isinstance(code, str) for code in codes):
             self.classes = sorted({code for code in codes if code is not None})
@@ -137,9 +137,8 @@ class PixelSetData(Dataset):
             codes = [index.get(code) for code in codes]
         kept = [i for i, code in enumerate(codes) if keep_all or labels is None or code is not None]
         if not kept:
-            raise UserError(
-                f"no parcel of {folder} has one of the labels {self.classes}; choose other --sub_classes."
-            )
+            what = "a label" if self.classes is None else f"one of the labels {self.classes}"
+            raise UserError(f"no parcel of {folder} has {what}; choose other --labels or --sub_classes.")
         self.varying = varying or not shared or not self.store.complete[kept].all()
         self.n_unobserved = 0
         if self.varying and not keep_all:
@@ -183,7 +182,7 @@ class PixelSetData(Dataset):
         folder = Path(folder)
         check_folder(folder)
         settings.check_units(folder)
-        labels = settings.labels_in(folder) if keep_all else settings.labels
+        labels = settings.labels_in(folder, optional=keep_all)
         dataset = cls(
             folder,
             labels,

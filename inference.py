@@ -15,7 +15,7 @@ from common.flags import Parser, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, main_first, together
 from data.classes import read_class_names
-from data.metadata import read_info, read_nomenclature
+from data.metadata import LabelsTable, read_info
 from data.outlines import OUTLINES
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE
@@ -71,7 +71,6 @@ def parse_args() -> argparse.Namespace:
         "--parcels",
         help="vector file with the parcels' outlines: also writes predictions.gpkg and predictions.parquet",
     )
-    group.add_argument("--id_column", default="id", help="column with the dataset's ids in --parcels")
     group.add_argument(
         "--map", help="picture to draw a map in; without --parcels, the dataset's META/parcels.gpkg is used"
     )
@@ -204,7 +203,9 @@ def choose_run(args: argparse.Namespace) -> Run:
         raise UserError("--sub_classes names a label twice; name as many labels as the model tells apart.")
     data = run.data
     if args.labels is not None:
-        data = replace(data, labels=args.labels)
+        data = replace(data, labels=args.labels, labels_table=None)
+    if args.labels_table is not None:
+        data = replace(data, labels_table=LabelsTable(args.labels_table, args.id_column, args.label_column))
     if args.sub_classes:
         data = replace(data, classes=tuple(args.sub_classes))
     if hasattr(args, "npixel"):
@@ -237,8 +238,8 @@ def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
         and not (Path(folder) / "META" / f"{EXTRA_FEATURE}.json").exists()
     ):
         run = replace(run, data=replace(run.data, n_extra=0))
-    if args.labels is not None and run.data.labels_in(Path(folder)) is None:
-        read_nomenclature(Path(folder), args.labels)  # says that it is not there
+    if args.labels is not None or args.labels_table is not None:
+        run.data.labels_in(Path(folder))  # says if they are not there
     dataset = run.open_dataset(folder, args.cache_dir, args.preload)
     days = run.architecture.date_positions
     if not run.is_bare and days is not None and dataset.date_positions != days:

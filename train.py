@@ -127,6 +127,10 @@ def main() -> None:
         f"Data: {len(dataset)} parcels, {describe_dates(dataset)}, {dataset.n_channels} channels, "
         f"{dataset.n_extra} extra features, {len(settings.classes)} classes\nNormalisation: {source}"
     )
+    others = len(dataset.store.ids) - len(dataset) - dataset.n_unlabelled - dataset.n_unobserved
+    for number, what in ((dataset.n_unlabelled, "without a label"), (others, "of other classes")):
+        if number:
+            print(f"Left out: {number} parcels {what}, which inference predicts")
     if dataset.n_unobserved:
         print(f"Left out: {dataset.n_unobserved} parcels without any observation")
     if args.folds:

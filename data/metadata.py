@@ -1,11 +1,14 @@
 """What stands beside the pixels in a dataset folder: labels, dates, extra features, mean and standard deviation."""
 
+import csv
+import io
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,6 +72,53 @@ def read_nomenclature(folder: Path, name: str) -> dict[str, int | str]:
             "numbers, without quotes, for all or text for all."
         )
     return labels
+
+
+class LabelsTable(NamedTuple):
+    """A table of labels, in a CSV file of its own.
+
+    Attributes:
+        path: the file, with a line of column names; separated by commas, semicolons or tabs.
+        id_column: column of the dataset's ids.
+        label_column: column of the labels; empty where a parcel has none.
+    """
+
+    path: str
+    id_column: str
+    label_column: str
+
+    def read(self) -> dict[str, int | str]:
+        """Labels by parcel id: whole numbers if all are, else text.
+
+        Raises:
+            UserError: if the file or a column is missing, or a parcel has two labels.
+        """
+        try:
+            text = Path(self.path).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--labels_table {self.path} cannot be read ({error}); expected a CSV file in UTF-8."
+            ) from error
+        header = text.partition("\n")[0]
+        rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
+        for flag, column in (("id_column", self.id_column), ("label_column", self.label_column)):
+            if column not in (rows.fieldnames or []):
+                raise UserError(
+                    f"--labels_table {self.path} has no column {column!r}; it has {', '.join(rows.fieldnames or ['none'])}: "
+                    f"name one with --{flag}."
+                )
+        labels: dict[str, int | str] = {}
+        for row in rows:
+            parcel, label = (row[self.id_column] or "").strip(), (row[self.label_column] or "").strip()
+            if label and labels.setdefault(parcel, label) != label:
+                raise UserError(
+                    f"--labels_table {self.path}: parcel {parcel} has the labels {labels[parcel]!r} and {label!r}; leave one."
+                )
+        if not labels:
+            raise UserError(f"--labels_table {self.path} has no label in column {self.label_column!r}.")
+        if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels.values()):
+            return {parcel: int(label) for parcel, label in labels.items()}
+        return labels
 
 
 def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:

@@ -1,12 +1,13 @@
 """How a run reads a dataset: what inference, resuming and notebooks must repeat to see what training saw."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.metadata import Arrays, read_info, read_nomenclatures, read_units
+from data.metadata import Arrays, LabelsTable, read_info, read_nomenclature, read_nomenclatures, read_units
 
 LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
 # The 20 classes of the paper, those with over 100 parcels of Sentinel2-Agri each.
@@ -19,6 +20,7 @@ class DataSettings:
 
     Attributes:
         labels: nomenclature of META/labels.json; None for none.
+        labels_table: a table that takes the place of META/labels.json; None for none.
         classes: labels to tell apart, in the order of the model's outputs.
         npixel: pixels drawn per parcel.
         n_extra: number of extra features of META/geomfeat.json; 0 to leave them out.
@@ -36,6 +38,7 @@ class DataSettings:
     """
 
     labels: str | None = LABELS
+    labels_table: LabelsTable | None = None
     classes: tuple[int | str, ...] = CLASSES_20
     npixel: int = NPIXEL
     n_extra: int = 4
@@ -54,6 +57,7 @@ class DataSettings:
         """These settings as conf.json has them; mean and deviations have a file of their own."""
         return {
             "labels": self.labels,
+            "labels_table": None if self.labels_table is None else list(self.labels_table),
             "sub_classes": list(self.classes),
             "npixel": self.npixel,
             "n_extra": self.n_extra,
@@ -73,6 +77,7 @@ class DataSettings:
         """What `to_config` made of settings, read from a checked conf.json."""
         return cls(
             labels=config["labels"],
+            labels_table=None if config["labels_table"] is None else LabelsTable(*config["labels_table"]),
             classes=tuple(config["sub_classes"]),
             npixel=config["npixel"],
             n_extra=config["n_extra"],
@@ -104,8 +109,22 @@ class DataSettings:
                 "the data with the --scale and --offset of the training, or give their own --norm."
             )
 
-    def labels_in(self, folder: Path) -> str | None:
-        """The nomenclature, None where a dataset does not have it."""
-        if self.labels is None or not (folder / "META" / "labels.json").exists():
+    def labels_in(self, folder: Path, optional: bool = False) -> Mapping[str, int | str] | None:
+        """Labels by parcel id in a dataset; None for a dataset without labels.
+
+        Args:
+            folder: the dataset.
+            optional: whether a dataset, or a table, without them will do.
+        """
+        if self.labels_table is not None:
+            if optional and not Path(self.labels_table.path).exists():
+                return None
+            return self.labels_table.read()
+        if self.labels is None:
             return None
-        return self.labels if self.labels in read_nomenclatures(folder) else None
+        if optional:
+            if not (folder / "META" / "labels.json").exists():
+                return None
+            if self.labels not in read_nomenclatures(folder):
+                return None
+        return read_nomenclature(folder, self.labels)

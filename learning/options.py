@@ -13,7 +13,7 @@ from typing import Any
 
 from common.errors import UserError, as_user_error
 from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
-from data.metadata import choose_nomenclature, read_units
+from data.metadata import LabelsTable, choose_nomenclature, read_units
 from data.packing import check_folder
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from dataset import PixelSetData, PixelSetData_preloaded, find_norm
@@ -53,6 +53,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset_folder", help="dataset folder; without it the embedded simulated dataset")
     group.add_argument(
         "--labels", help=f"nomenclature of META/labels.json; without it {LABELS}, or the only one there is"
+    )
+    group.add_argument(
+        "--labels_table", metavar="FILE.csv", help="labels from a table, in place of META/labels.json"
+    )
+    group.add_argument("--label_column", default="label", help="column with the labels in --labels_table")
+    group.add_argument(
+        "--id_column",
+        default="id",
+        help="column with the dataset's ids in --labels_table, or in outlines of parcels",
     )
     group.add_argument(
         "--sub_classes",
@@ -110,9 +119,10 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         UserError: if the folder, or a flag for it, is not as expected.
     """
     check_folder(folder)
-    labels = choose_nomenclature(folder, args.labels, LABELS)
+    table = args.labels_table and LabelsTable(args.labels_table, args.id_column, args.label_column)
     asked = DataSettings(
-        labels=labels,
+        labels=LABELS if table else choose_nomenclature(folder, args.labels, LABELS),
+        labels_table=table,
         n_extra=0,
         nodata=args.nodata,
         season_start=args.season_start,
@@ -121,7 +131,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
     )
     every_label = PixelSetData(
         folder,
-        labels,
+        asked.labels_in(folder),
         NPIXEL,
         cache_dir=args.cache_dir,
         nodata=asked.nodata_in(folder),

@@ -321,6 +321,9 @@ def _entries() -> dict[str, Callable[[Any], bool]]:
 
     entries: dict[str, Callable[[Any], bool]] = {
         "labels": _or_none(is_text),
+        "labels_table": _or_none(
+            lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_text, value))
+        ),
         "sub_classes": _is_classes,
         "npixel": _is_whole,
         "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),

@@ -163,8 +163,8 @@ def test_parcels_without_a_class_are_left_out_or_kept(tmp_path):
     write_folder(tmp_path, 6, classes=(1, 3, 9))
     labels = {str(i): (1, 3, 9)[i % 3] for i in range(1, 6)}  # none for 6
     write_meta(tmp_path, "labels", {NOMENCLATURE: labels})
-    with pytest.raises(UserError, match="parcel 6 has no label"):
-        PixelSetData(tmp_path, NOMENCLATURE, 8)
+    labelled = PixelSetData(tmp_path, NOMENCLATURE, 8)
+    assert labelled.pid == ["1", "2", "3", "4", "5"] and labelled.n_unlabelled == 1
     kept = PixelSetData(tmp_path, NOMENCLATURE, 8, [9, 1], keep_all=True)
     assert kept.pid == ["1", "2", "3", "4", "5", "6"]
     assert kept.target.tolist() == [-1, 0, 1, -1, 0, -1]

@@ -327,3 +327,87 @@ def test_without_a_dataset_that_is_still_there_inference_asks_for_one(
         run_command(inference.main, f"--weight_dir {results_dir} --output_dir {tmp_path}", monkeypatch)
     error = capsys.readouterr().err
     assert end.value.code == 2 and str(tmp_path / "gone") in error and "--dataset_folder" in error
+
+
+# ------------------------------------------------------------------------------------------- partly labelled data
+
+
+def test_parcels_without_a_label_are_left_out_of_training_and_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=24, extra_size=0)
+    path = folder / "META" / "labels.json"
+    labels = json.loads(path.read_text())["label_44class"]
+    del labels["5"], labels["6"]
+    labels["7"], labels["8"] = None, 77
+    path.write_text(json.dumps({"label_44class": labels}))
+    command = (
+        f"--dataset_folder {folder} --res_dir {tmp_path / 'res'} --kfold 3 --epochs 1 --sub_classes [1,3,9]"
+    )
+    run_command(train.main, command, monkeypatch)
+    printed = capsys.readouterr().out
+    assert "Data: 20 parcels" in printed
+    assert "3 parcels without a label" in printed and "1 parcels of other classes" in printed
+    run_command(train.main, f"{command} --resume", monkeypatch)
+    run_command(
+        inference.main, f"--weight_dir {tmp_path / 'res'} --output_dir {tmp_path / 'out'}", monkeypatch
+    )
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        rows = {row["id"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 24
+    for parcel in ("5", "6", "7", "8"):
+        assert rows[parcel]["true_label"] == "" and rows[parcel]["predicted_by"] == "all"
+    assert {rows[parcel]["predicted_by"] for parcel in rows if parcel not in ("5", "6", "7", "8")} == {
+        "1",
+        "2",
+        "3",
+    }
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_labels_from_a_table(separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=20, extra_size=0)
+    crops = {i: ("wheat", "maize")[i % 2] for i in range(1, 20)}
+    lines = [
+        separator.join(("parcel", "area", "crop")),
+        *(separator.join((str(i), "1", c)) for i, c in crops.items()),
+    ]
+    lines.append(separator.join(("20", "1", "")))
+    (tmp_path / "crops.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    (folder / "META" / "labels.json").unlink()
+    table = f"--labels_table {tmp_path / 'crops.csv'} --id_column parcel --label_column crop"
+    command = f"--dataset_folder {folder} --res_dir {tmp_path / 'res'} --kfold 3 --epochs 1 {table}"
+    run_command(train.main, command, monkeypatch)
+    run_command(train.main, f"{command} --resume", monkeypatch)
+    assert open_run(tmp_path / "res").data.classes == ("maize", "wheat")
+    found = open_run(tmp_path / "res").predict(device="cpu")
+    assert found.true_labels == [crops.get(int(parcel)) for parcel in found.ids]
+    (tmp_path / "crops.csv").unlink()
+    assert set(open_run(tmp_path / "res").predict(device="cpu").true_labels) == {None}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("id,crop\n1,a\n", ["'label'", "id, crop", "--label_column"]),
+        ("id,label\n1,a\n1,b\n", ["parcel 1", "'a'", "'b'"]),
+        ("id,label\n1,\n", ["no label"]),
+        ("", ["'id'", "--id_column"]),
+        (None, ["cannot be read"]),
+    ],
+)
+def test_wrong_tables_in_one_sentence(
+    content: str | None,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    folder = write_folder(tmp_path / "set")
+    if content is not None:
+        (tmp_path / "t.csv").write_text(content)
+    command = f"--dataset_folder {folder} --res_dir {tmp_path / 'res'} --labels_table {tmp_path / 't.csv'}"
+    with pytest.raises(SystemExit) as end:
+        run_command(train.main, command, monkeypatch)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)

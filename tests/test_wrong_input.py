@@ -232,11 +232,10 @@ FOLDERS = {
     "labels damaged": (put("META/labels.json", b'{"label'), ["labels.json is not valid JSON", "expected {"]),
     "labels not text": (put("META/labels.json", b"\xff\xfe{}"), ["labels.json is not valid JSON"]),
     "labels nested": (put("META/labels.json", b"[" * 100_000), ["labels.json is not valid JSON"]),
-    "a parcel without label": (
-        edit("labels", lambda content: content[NOMENCLATURE].pop("5") and None),
-        ["parcel 5 has no label", "labels.json"],
+    "no parcel with a label": (
+        edit("labels", lambda content: content.update({NOMENCLATURE: {"99": 1}})),
+        ["no parcel", "--labels"],
     ),
-    "label null": (label(None), ["parcel 5 has no label"]),
     "label a word": (label("wheat"), ["parcel 5 has the label 'wheat'", "parcel 1 has 1", "text for all"]),
     "label quoted": (label("3"), ["parcel 5 has the label '3'", "without quotes"]),
     "label with a point": (label(3.0), ["parcel 5 has the label 3.0", "whole number"]),
