@@ -17,7 +17,7 @@ import torch
 import inference
 import models
 import train
-from data.batch import Series
+from data.batch import Batch
 from learning.run import open_run
 from models.architecture import Architecture
 from models.layers import DAYS
@@ -27,6 +27,8 @@ from tests.processes import start, wait
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S))
+ENCODER, TABLES = "A temporal encoder", "Losses, optimisers, schedules, metrics"
+SHORT = "--kfold 3 --epochs 2 --npixel 6"
 SCRIPTS = {"train.py": train.main, "inference.py": inference.main}
 
 
@@ -64,15 +66,12 @@ def commands(section: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for block in blocks for line in block.splitlines()]
 
 
-def run_commands(section: str, clone: Path, options: str = "--kfold 3 --epochs 2 --npixel 6") -> str:
+def run_commands(section: str, clone: Path, options: str = SHORT) -> str:
     output = ""
     for script, *words in commands(section):
-        words += shlex.split(options) if script != "inference.py" else []
+        words += shlex.split(options) if "--res_dir" in words else []
         output += run(SCRIPTS.get(script, lambda: runpy.run_path(script, run_name="__main__")), words, clone)
     return output
-
-
-ENCODER = "A temporal encoder"
 
 
 def test_an_encoder_trains_resumes_and_predicts(clone: Path) -> None:
@@ -86,8 +85,7 @@ def test_an_encoder_trains_resumes_and_predicts(clone: Path) -> None:
     words = (
         "--dataset_folder path/to/dataset --res_dir results/transformer --transformer --n_layers 1 --resume"
     )
-    options = shlex.split(f"{words} --kfold 3 --epochs 2 --npixel 6")
-    assert "3 of 3 folds are finished" in run(train.main, options, clone)
+    assert "3 of 3 folds are finished" in run(train.main, shlex.split(f"{words} {SHORT}"), clone)
 
 
 def test_an_encoder_is_known_by_its_flags(clone: Path) -> None:
@@ -134,36 +132,38 @@ def test_absent_dates_do_not_change_the_vector_of_an_encoder(clone: Path) -> Non
             torch.tensor([[0.0, 9, 20, 31, 60]]).expand(3, -1),
         )
         mask[0, 2:], mask[1, 1], mask[2] = 0, 0, 0
-        vectors = model.eval().embed(Series(x, mask, extra, days))
-        alone = model.embed(Series(x[:1, :2], mask[:1, :2], extra[:1, :2], days[:1, :2]))
+        vectors = model.eval().embed(Batch(x, mask, extra, days))
+        alone = model.embed(Batch(x[:1, :2], mask[:1, :2], extra[:1, :2], days[:1, :2]))
         torch.testing.assert_close(vectors[:1], alone)
         rest = [0, 2, 3, 4]
-        alone = model.embed(Series(x[1:2, rest], mask[1:2, rest], extra[1:2, rest], days[1:2, rest]))
+        alone = model.embed(Batch(x[1:2, rest], mask[1:2, rest], extra[1:2, rest], days[1:2, rest]))
         torch.testing.assert_close(vectors[1:2], alone)
         assert vectors[2].isnan().all()
-        model.train()(Series(x, mask, extra, days)).sum().backward()
+        model.train()(Batch(x, mask, extra, days)).sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         print("compared")
 
     assert "compared" in run(compare, [], clone)
 
 
-def test_names_in_tables_train_resume_and_show_in_the_results(clone: Path) -> None:
-    section, options = "Losses, optimisers, schedules, metrics", "--kfold 3 --epochs 2 --npixel 6"
-    run_commands(section, clone, options)
-    folder = clone / "results" / "mine"
-    config = json.loads((folder / "conf.json").read_text())
+@pytest.fixture(scope="module")
+def mine(clone: Path) -> Path:
+    """The results folder of the page's own script."""
+    run_commands(TABLES, clone)
+    return clone / "results" / "mine"
+
+
+def test_names_in_tables_train_resume_and_show_in_the_results(clone: Path, mine: Path) -> None:
+    config = json.loads((mine / "conf.json").read_text())
     assert [config[name] for name in ("loss", "optimizer", "schedule")] == ["smoothed", "adamw", "cosine"]
-    log = json.loads((folder / "Fold_1" / "trainlog.json").read_text())
+    log = json.loads((mine / "Fold_1" / "trainlog.json").read_text())
     assert log["2"].keys() >= {"train_F1", "val_F1"} and 0 <= log["2"]["val_F1"] <= 1
-    assert "test_F1" in json.loads((folder / "Fold_1" / "test_metrics.json").read_text())
-    optimizer = torch.load(folder / "Fold_1" / "model.pth.tar", weights_only=True)["optimizer"]
-    epoch = torch.load(folder / "Fold_1" / "model.pth.tar", weights_only=True)["epoch"]
+    assert "test_F1" in json.loads((mine / "Fold_1" / "test_metrics.json").read_text())
+    optimizer = torch.load(mine / "Fold_1" / "model.pth.tar", weights_only=True)["optimizer"]
+    epoch = torch.load(mine / "Fold_1" / "model.pth.tar", weights_only=True)["epoch"]
     assert optimizer["param_groups"][0]["weight_decay"] == 0.01
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.001 * (1, 0.5)[epoch - 1])
-    assert "3 of 3 folds are finished" in run_commands(section, clone, f"{options} --resume")
-    words = shlex.split(f"--weight_dir {folder} --output_dir {clone / 'output' / 'mine'}")
-    assert "accuracy" in run(inference.main, words, clone)
+    assert "3 of 3 folds are finished" in run_commands(TABLES, clone, f"{SHORT} --resume")
 
 
 def test_the_loss_of_the_page_is_the_mean_over_a_batch(clone: Path) -> None:
@@ -176,3 +176,16 @@ def test_the_loss_of_the_page_is_the_mean_over_a_batch(clone: Path) -> None:
         print("compared")
 
     assert "compared" in run(compare, [], clone)
+
+
+def test_an_output_file_is_written_beside_the_others(clone: Path, mine: Path) -> None:
+    assert "doubtful.csv" in run_commands("An output file", clone)
+    folder = clone / "output" / "mine"
+    with open(folder / "predictions.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    expected = [row for row in table if float(row["confidence"]) < 0.5]
+    lines = (folder / "doubtful.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [
+        [row["id"], row["predicted_label"]] for row in expected
+    ]
+    assert lines and all(float(line.split(",")[2]) <= 0.5 for line in lines)
