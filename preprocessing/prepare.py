@@ -23,9 +23,9 @@ from filelock import FileLock, Timeout
 from common.errors import UserError, as_user_error, run_cli
 from common.files import check_new, write_bytes, write_json
 from common.flags import Parser, finite, positive
+from reports.plots import save_figure
 
 LEFT_OUT = "left_out.csv"
-_BLANK = 0.01  # share of zeros that is worth a word
 
 
 def parse_args() -> argparse.Namespace:
@@ -141,6 +141,7 @@ def _prepare(
     from preprocessing.images.extract import choose_reading, extract, read_pixels
     from preprocessing.images.layout import lay_out
     from preprocessing.images.pixelsets import check_overlap, check_room, select, write_dataset
+    from preprocessing.images.summary import describe, plot_prepared, summarise
     from preprocessing.images.workers import open_workers
 
     images = [image for grid in grids for image in grid.images]
@@ -163,18 +164,18 @@ def _prepare(
     rows = io.StringIO()
     csv.writer(rows).writerows([("parcel", "reason"), *left_out])
     write_bytes(complete / "META" / LEFT_OUT, rows.getvalue().encode())
+    prepared = summarise(grids, report.dates, len(report.kept), left_out) | {"bands": bands, **units}
+    write_json(complete / "META" / "prepared.json", prepared)
+    kept = parcels.table["id"].isin(report.kept).to_numpy()
+    save_figure(complete / "META" / "prepared.png", plot_prepared(prepared, grids, parcels.table, kept))
     if output.exists():
         output.rmdir()
     complete.rename(output)
     shutil.rmtree(work)
-    _print_report(output, report.summary, left_out)
-    if report.blank > _BLANK:
-        print(
-            f"{100 * report.blank:.1f}% of the pixels are 0 in all bands, which their files do not declare missing; if "
-            "they are, prepare again with --nodata 0"
-        )
-    for group in units["offsets"]:
-        print("offset {offset:g} of {images} image(s), {first} to {last}: {why}".format_map(group))
+    print(f"{output}: {report.summary}", *describe(prepared), sep="\n")
+    if left_out:
+        print(f"all that were left out: {output / 'META' / LEFT_OUT}")
+    print(f"this table and a picture of it: {output / 'META' / 'prepared.json'} and .png")
 
 
 def _fingerprint(args: argparse.Namespace, images: list) -> str:
@@ -188,16 +189,6 @@ def _fingerprint(args: argparse.Namespace, images: list) -> str:
         stat = Path(path).stat()
         digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def _print_report(output: Path, summary: str, left_out: list[tuple[str, str]]) -> None:
-    """What was written, and how many parcels were left out for which reason."""
-    print(f"{output}: {summary}")
-    reasons = [reason for _, reason in left_out]
-    for reason in dict.fromkeys(reasons):
-        print(f"left out {reasons.count(reason)}: {reason}")
-    if left_out:
-        print(f"all that were left out: {output / 'META' / LEFT_OUT}")
 
 
 if __name__ == "__main__":

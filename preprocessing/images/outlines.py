@@ -191,6 +191,12 @@ def _areas(outline: shapely.Geometry | None) -> shapely.Geometry | None:
     return shapely.union_all(parts) if parts else None
 
 
+def name_crs(crs: Any) -> str:
+    """EPSG:... of a coordinate system that has such a number, else its description."""
+    code = crs.to_epsg()
+    return f"EPSG:{code}" if code else crs.to_wkt()
+
+
 def is_metric(crs: Any) -> bool:
     """Whether coordinates are metres on the ground; those of the web's Mercator maps are not."""
     crs = CRS.from_user_input(crs)

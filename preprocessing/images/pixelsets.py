@@ -17,7 +17,7 @@ from data.moments import NORM, Moments, write_norm
 from preprocessing.images.extract import Reading, is_missing, plane_path
 from preprocessing.images.grids import Grid
 from preprocessing.images.layout import Layout
-from preprocessing.images.outlines import GEOMFEAT, features, to_metres
+from preprocessing.images.outlines import GEOMFEAT, features, name_crs, to_metres
 from preprocessing.images.scenes import When
 
 
@@ -26,13 +26,15 @@ class Report(NamedTuple):
 
     Attributes:
         summary: one line.
+        kept: ids of the parcels.
         left_out: id and reason of parcels that no image sees.
-        blank: share of the pixels that are there but 0 in all channels of their image.
+        dates: of every date, pixels of parcels, how many are missing, and how many are 0 in all channels of their image.
     """
 
     summary: str
+    kept: list[int]
     left_out: list[tuple[str, str]]
-    blank: float
+    dates: dict[When, np.ndarray]
 
 
 def check_overlap(table: GeoDataFrame, grids: Sequence[Grid], path: str) -> None:
@@ -52,12 +54,6 @@ def check_overlap(table: GeoDataFrame, grids: Sequence[Grid], path: str) -> None
         f"typical parcel is at {here}, the images are at {left:.6g}, {bottom:.6g}, {right:.6g}, {top:.6g} (left, bottom, right, top); "
         "check both coordinate systems."
     )
-
-
-def name_crs(crs: Any) -> str:
-    """EPSG:... of a coordinate system that has such a number, else its description."""
-    code = crs.to_epsg()
-    return f"EPSG:{code}" if code else crs.to_wkt()
 
 
 def parcel_name(table: GeoDataFrame, parcel: int) -> str:
@@ -129,7 +125,7 @@ def write_dataset(
         dates |= dict(zip(ids[layout.parcels[layout.kept]], compress(layout.dates(), layout.kept)))
     shared = len(set(dates.values())) == 1
     moments = Moments("date" if shared else "channel")
-    sizes, geometry, left_out, n_blank, n_pixels = {}, {}, [], 0, 0
+    sizes, geometry, left_out, totals = {}, {}, [], {}
     total = sum(int(layout.kept.sum()) for layout in layouts)
     with progress_bar(None, "writing parcels", "parcels") as bar:
         bar.total = total
@@ -140,6 +136,7 @@ def write_dataset(
                 image.when: reading.convert(np.zeros(1), image.units.offset) for image in layout.grid.images
             }
             zero = np.array([zero[when] for when in layout.grid.dates], reading.dtype)
+            counts = np.zeros((len(layout.grid.dates), 3), np.int64)
             for i, values in _cut(layout, g, folder.parent, memory // 6):
                 parcel = layout.parcels[i]
                 own, rows = dates[ids[parcel]], slice(None)
@@ -147,15 +144,19 @@ def write_dataset(
                     rows = [t for t, when in enumerate(layout.grid.dates) if when in own]
                     values = values[rows]
                 missing = is_missing(values, reading.fill)
-                n_blank += ((values == zero[rows, None]).all(1) & ~missing).sum()
-                n_pixels += missing.size
                 bar.update()
                 if missing.all():
                     left_out.append((parcel_name(table, parcel), "missing or under clouds on all dates"))
                     continue
                 moments.add(values, missing)
+                blank = (values == zero[rows, None]).all(1) & ~missing
+                counts[rows] += np.stack(
+                    (np.full(len(values), missing.shape[1]), missing.sum(1), blank.sum(1)), axis=1
+                )
                 np.save(folder / "DATA" / f"{ids[parcel]}.npy", values)
                 sizes[ids[parcel]], geometry[ids[parcel]] = values.shape[2], described[i]
+            for when, count in zip(layout.grid.dates, counts):
+                totals[when] = totals.get(when, 0) + count
     if not sizes:
         raise UserError(
             "no image sees any parcel: all is missing or under clouds; check --nodata, --cloud_mask and --clear."
@@ -167,7 +168,7 @@ def write_dataset(
     summary = (
         f"{len(sizes):,} parcels, {sum(sizes.values()):,} pixels, {spread} dates, {len(info['bands'])} bands"
     )
-    return Report(summary, left_out, n_blank / n_pixels)
+    return Report(summary, list(sizes), left_out, totals)
 
 
 def _cut(layout: Layout, grid: int, folder: Path, memory: int) -> Iterator[tuple[int, np.ndarray]]:
