@@ -29,7 +29,7 @@ from learning.options import (
     typed_architecture,
 )
 from learning.predictions import OUTPUTS, TABLE, Jury, describe_scores, predict, write_predictions
-from learning.results import CONFIG, prepare_output
+from learning.results import CONFIG, prepare_output, read_confusions
 from learning.run import Run, open_run, published_run
 from models.architecture import Architecture, read_preset
 from models.ensemble import Ensemble
@@ -38,7 +38,7 @@ from preprocessing.parcels import read_outlines
 from preprocessing.simulate import embedded_dataset
 from reports.attention import PICTURES, choose_bands, mean_attention, write_attention
 from reports.export import export_run
-from reports.maps import check_picture, match_outlines, write_map
+from reports.maps import check_picture, describe_dataset, match_outlines, write_map
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -153,7 +153,10 @@ def main() -> None:
     if args.attention:
         show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
     if outlines is not None:
-        written = write_map(outlines, output / TABLE, output, args.map and Path(args.map), names)
+        picture, heading = args.map and Path(args.map), describe_dataset(dataset)
+        tested = [] if run.is_bare else list(read_confusions(run.folder, len(classes)).values())
+        confusion = sum(tested) if tested else None
+        written = write_map(outlines, output / TABLE, output, picture, names, heading, confusion)
         print(f"Map: {', '.join(map(str, written))}")
 
 

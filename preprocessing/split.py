@@ -29,7 +29,7 @@ from data.outlines import OUTLINES, to_ground
 from data.packing import check_folder, list_parcels
 from data.settings import LABELS
 from preprocessing.parcels import read_outlines
-from reports.cartography import PALETTE, fill, frame_panel, outline_paths
+from reports.cartography import PALETTE, add_scale, fill, frame_panel, outline_paths, view
 from reports.plots import save_figure
 
 if TYPE_CHECKING:
@@ -122,7 +122,9 @@ def split(
     title = f"{kfold} parts of blocks of {blocks_km:g} km"
     try:
         write_bytes(meta / FOLDS, (json.dumps(content) + "\n").encode())
-        save_figure(meta / PICTURE, plot_parts(outlines.geometry, part, title))
+        save_figure(
+            meta / PICTURE, plot_parts(outlines.geometry, part, (centres.min(0), 1000 * blocks_km), title)
+        )
     except OSError as error:
         raise UserError(f"{meta} cannot be written ({error.strerror}); make room or allow it.") from error
     for line in describe(blocks, classes, part):
@@ -160,20 +162,29 @@ def describe(blocks: np.ndarray, labels: np.ndarray, part: np.ndarray) -> list[s
     return lines
 
 
-def plot_parts(outlines: GeoSeries, part: np.ndarray, title: str) -> Figure:
-    """Outlines, in metres, coloured by part."""
-    west, south, east, north = outlines.total_bounds
-    height = np.clip(8 * (north - south) / max(east - west, 1.0), 3, 12)
-    figure = Figure(figsize=(8, height + 1.5), layout="constrained")
-    panel = figure.subplots()
-    fill(panel, outline_paths(outlines), [PALETTE[k % len(PALETTE)] for k in part])
-    frame_panel(panel, outlines.total_bounds)
+def plot_parts(outlines: GeoSeries, part: np.ndarray, grid: tuple[np.ndarray, float], title: str) -> Figure:
+    """Outlines, in metres, coloured by part, and the grid of the blocks: its south-west corner and their side."""
+    bounds, (corner, side) = outlines.total_bounds, grid
+    west, south, east, north = view(bounds)
+    colours = [PALETTE[k % len(PALETTE)] for k in range(part.max() + 1)]
+    wide = min(7.7, 10 * (east - west) / (north - south))
+    tall, below = wide * (north - south) / (east - west), 0.2 + 0.2 * -(-len(colours) // 3)  # in inches
+    figure = Figure(figsize=(8, 0.4 + tall + below))
+    height = figure.get_figheight()
+    panel = figure.add_axes(((4 - wide / 2) / 8, below / height, wide / 8, tall / height))
+    frame_panel(panel, bounds)
+    fill(panel, outline_paths(outlines), [colours[k] for k in part])
+    lines = {"colors": "black", "linewidths": min(1.2, 0.1 * side * 72 * wide / (east - west)), "zorder": 3}
+    panel.vlines(np.arange(corner[0], bounds[2], side), bounds[1], bounds[3], **lines)
+    panel.hlines(np.arange(corner[1], bounds[3], side), bounds[0], bounds[2], **lines)
+    add_scale(panel, bounds)
+    frame_panel(panel, bounds)
     panel.set_title(title)
     handles = [
-        Patch(facecolor=PALETTE[k % len(PALETTE)], label=f"part {k + 1} ({(part == k).sum():,} parcels)")
-        for k in range(part.max() + 1)
+        Patch(facecolor=colour, label=f"part {k + 1} ({(part == k).sum():,} parcels)")
+        for k, colour in enumerate(colours)
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
     return figure
 
 

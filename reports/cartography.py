@@ -8,38 +8,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
 from matplotlib.path import Path
 
 if TYPE_CHECKING:
     from geopandas import GeoSeries
 
-# At least 17 units of CIELAB apart, and 9 as seen with protanopia or deuteranopia; the first ones furthest.
+# That of Okabe and Ito, and more: at least 25 units of CIELAB apart, and 13 as seen with protanopia or deuteranopia.
 PALETTE = [
-    *(
-        "#0078b4",
-        "#d25a00",
-        "#00a578",
-        "#e1a500",
-        "#002db4",
-        "#d2f096",
-        "#b4e1ff",
-        "#d2003c",
-        "#5a2d69",
-        "#004b00",
-    ),
-    *(
-        "#5a78ff",
-        "#007878",
-        "#c3a55a",
-        "#961e4b",
-        "#004ba5",
-        "#ffe169",
-        "#87f0b4",
-        "#b487b4",
-        "#5aa5ff",
-        "#00c3f0",
-    ),
-]
+    *("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#f0e442", "#9977ff", "#66ff88", "#ff3366"),
+    *("#664400", "#771177", "#00eeff", "#bbaa55", "#aaeebb", "#0044aa", "#225533", "#aa2266", "#226677", "#99dd55"),
+]  # fmt: skip
+_EDGE = "black"
+
+
+def colour_distances() -> np.ndarray:
+    """How unlike the colours of the palette are: distances in CIELAB, (colours, colours)."""
+    rgb = np.array([to_rgb(colour) for colour in PALETTE])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    x, y, z = np.cbrt(linear @ np.transpose(to_xyz) / [0.9505, 1, 1.089]).T
+    lab = np.stack([116 * y, 500 * (x - y), 200 * (y - z)], axis=1)
+    return np.linalg.norm(lab[:, None] - lab, axis=2)
 
 
 def outline_paths(outlines: GeoSeries) -> list[Path]:
@@ -57,26 +47,41 @@ def outline_paths(outlines: GeoSeries) -> list[Path]:
     return [Path(*parcel) for parcel in zip(np.split(points, cuts), np.split(codes, cuts))]
 
 
-def fill(panel: Axes, paths: Sequence[Path], colours: str | Sequence[str] | None) -> PathCollection:
-    """Draws filled outlines; a hairline of the same colour closes the gaps between neighbours."""
-    collection = PathCollection(paths, facecolors=colours, edgecolors="face", linewidths=0.1)
-    return panel.add_collection(collection, autolim=False)
+def view(bounds: Sequence[float]) -> tuple[float, float, float, float]:
+    """Metres that a panel shows (west, south, east, north): the given ones, a margin, and a strip below."""
+    west, south, east, north = bounds
+    pad = _margin(bounds)
+    return west - pad, south - 3.4 * pad, east + pad, north + pad
+
+
+def _margin(bounds: Sequence[float]) -> float:
+    width, height = max(bounds[2] - bounds[0], 1.0), max(bounds[3] - bounds[1], 1.0)
+    return max(0.03 * float(np.sqrt(width * height)), 0.018 * max(width, height))
 
 
 def frame_panel(panel: Axes, bounds: Sequence[float]) -> None:
-    """Shows the given metres (west, south, east, north), with a scale bar and an arrow to the north."""
+    """Makes a panel show the given metres (west, south, east, north) and what `view` adds."""
+    west, south, east, north = view(bounds)
+    panel.set(xlim=(west, east), ylim=(south, north), xticks=[], yticks=[], aspect="equal")
+
+
+def fill(panel: Axes, paths: Sequence[Path], colours: str | Sequence[str] | None) -> PathCollection:
+    """Draws filled outlines in a framed panel, with edges as thin as they are small, so that neighbours stay apart."""
+    sides = [np.ptp(path.vertices, axis=0).max() for path in paths[:: max(1, len(paths) // 1000)]]
+    points_per_metre = 72 * panel.bbox.width / panel.figure.dpi / np.ptp(panel.get_xlim())
+    width = min(0.05 * float(np.median(sides or [0])) * points_per_metre, 0.5)
+    collection = PathCollection(paths, facecolors=colours, edgecolors=_EDGE, linewidths=width)
+    return panel.add_collection(collection, autolim=False)
+
+
+def add_scale(panel: Axes, bounds: Sequence[float]) -> None:
+    """Draws a scale bar and an arrow to the north in the strip below."""
     west, south, east, north = bounds
-    size = max(east - west, north - south, 1.0)
-    pad = 0.03 * size
-    panel.set(
-        xlim=(west - pad, east + pad),
-        ylim=(south - 3.4 * pad, north + pad),
-        xticks=[],
-        yticks=[],
-        aspect="equal",
+    pad = _margin(bounds)
+    length, bar = (
+        scale_length(min(max(east - west, north - south) / 4, (east - west) / 2.5)),
+        south - 1.7 * pad,
     )
-    length = scale_length(min(size / 4, (east - west) / 2.5))
-    bar = south - 1.5 * pad
     panel.plot([west, west + length], [bar, bar], color="black", linewidth=3, solid_capstyle="butt")
     words = f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
     panel.annotate(
@@ -86,6 +91,16 @@ def frame_panel(panel: Axes, bounds: Sequence[float]) -> None:
     panel.annotate(
         "N", (east, bar + pad), (east, bar - pad), ha="center", va="top", fontsize="small", arrowprops=arrow
     )
+
+
+def add_colour_bar(panel: Axes, bounds: Sequence[float], shown: PathCollection) -> None:
+    """Draws the colours of `shown` and their numbers in the strip below."""
+    west, south, east, _ = bounds
+    pad = _margin(bounds)
+    place = (west, south - 1.6 * pad, 0.6 * (east - west), 0.5 * pad)
+    bar = panel.inset_axes(place, transform=panel.transData)
+    panel.figure.colorbar(shown, cax=bar, orientation="horizontal")
+    bar.tick_params(labelsize="x-small", length=2, pad=1)
 
 
 def scale_length(most: float) -> float:

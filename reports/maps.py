@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +14,29 @@ from matplotlib.patches import Patch
 
 from common.errors import UserError
 from common.progress import progress_bar
+from data.metadata import read_days, read_info
 from data.outlines import to_ground
-from reports.cartography import PALETTE, fill, frame_panel, outline_paths
+from reports.cartography import (
+    PALETTE,
+    add_colour_bar,
+    add_scale,
+    colour_distances,
+    fill,
+    frame_panel,
+    outline_paths,
+    view,
+)
+from reports.plots import shorten
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from pandas import DataFrame
 
+    from dataset import PixelSetData
+
 GREY, DARK = "#b8b8b8", "#333333"  # parcels without a prediction; classes that are pooled
 UNDEFINED, OTHER = "no observation", "other classes"
-_DPI, _WIDTH = 200, 11  # of the picture, in inches
+_DPI, _WIDTH, _GAP = 200, 11, 0.15  # of the picture, in inches
 
 
 def match_outlines(outlines: GeoDataFrame, ids: Sequence[str]) -> GeoDataFrame:
@@ -54,6 +68,8 @@ def write_map(
     output: Path,
     picture: Path | None = None,
     names: Mapping[str, str] | None = None,
+    title: str = "",
+    confusion: np.ndarray | None = None,
 ) -> list[Path]:
     """Writes predictions.gpkg and predictions.parquet, and a picture of them.
 
@@ -63,6 +79,8 @@ def write_map(
         output: folder for the vector files.
         picture: the map, in any format of matplotlib, by its suffix; None for no map.
         names: names of classes by label as text; labels stand for those without.
+        title: heading of the picture.
+        confusion: counts (K, K) of the model's tests; classes that it takes for each other get unlike colours.
 
     Returns:
         The files written.
@@ -79,7 +97,8 @@ def write_map(
         output / "predictions.parquet": frame.to_parquet,
     }
     if picture is not None:
-        writers[picture] = lambda path: plot_map(to_ground(frame), classes).savefig(path, dpi=_DPI)
+        figure = plot_map(to_ground(frame), classes, title, confusion)
+        writers[picture] = lambda path: figure.savefig(path, dpi=_DPI)
     for path, write in progress_bar(writers.items(), "writing maps", "files"):
         temporary = path.with_name(f".{os.getpid()}-{path.name}")
         try:
@@ -126,80 +145,116 @@ def read_predictions(table: Path) -> DataFrame:
     return labels.merge(pandas.read_csv(table).drop(columns=[*text]), on="id")
 
 
-def class_colours(labels: Sequence[str], classes: Sequence[str]) -> dict[str, str]:
+def class_colours(
+    labels: Sequence[str], classes: Sequence[str], confusion: np.ndarray | None = None
+) -> dict[str, str]:
     """Colours of the classes that occur, the most frequent first.
 
-    A class has the colour of its place among all `classes`, whatever else occurs, so that maps can be compared. Only
-    where there are more classes than colours, the rarest are pooled and some have to move.
+    A class has the same colour on all maps of a model, whatever else occurs, so that they can be compared: that of its
+    place among all `classes`, or one unlike those of the classes that it is confused with. Only where there are more
+    classes than colours, the rarest of a map are pooled and some have to move.
 
     Args:
         labels: label of every parcel.
         classes: all labels that the model tells apart.
+        confusion: counts (K, K) of the model's tests, if known.
     """
     found, counts = np.unique(np.asarray(labels, dtype=str), return_counts=True)
     ranked = [str(label) for label in found[np.argsort(-counts, kind="stable")] if label]
     kept = ranked if len(ranked) <= len(PALETTE) else ranked[: len(PALETTE) - 1]
-    free = dict(enumerate(PALETTE))
-    colours = {}
-    for label in kept:
-        place = list(classes).index(label) % len(PALETTE)
-        colours[label] = free.pop(place if place in free else min(free))
-    return colours | dict.fromkeys(ranked[len(kept) :], DARK)
+    coloured = classes if len(classes) <= len(PALETTE) else [label for label in classes if label in kept]
+    places = [list(classes).index(label) for label in coloured]
+    mixed, size = np.zeros((len(classes),) * 2), np.zeros(len(classes))
+    if confusion is not None:
+        size = confusion.sum(1)
+        shares = confusion / np.maximum(size, 1)[:, None]
+        mixed = shares + shares.T
+    likeness = 1 / np.maximum(colour_distances(), 1) ** 2
+    few = PALETTE[: max(len(coloured), 8)]  # the first ones are the pleasanter
+    chosen: dict[int, int] = {}  # colour by place
+    for place in sorted(places, key=lambda place: -size[place]):
+        done = list(chosen)
+        clash = likeness[:, [chosen[other] for other in done]] @ mixed[place, done]
+        free = [(place + step) % len(few) for step in range(len(few))]
+        chosen[place] = min((c for c in free if c not in chosen.values()), key=lambda c: clash[c])
+    colours = {str(classes[place]): PALETTE[colour] for place, colour in chosen.items()}
+    return {label: colours[label] if label in kept else DARK for label in ranked}
 
 
-def plot_map(frame: GeoDataFrame, classes: Sequence[str]) -> Figure:
+def plot_map(
+    frame: GeoDataFrame, classes: Sequence[str], title: str = "", confusion: np.ndarray | None = None
+) -> Figure:
     """Two panels: parcels by predicted class, and by confidence.
 
     Args:
         frame: in metres, with the columns predicted_label, predicted_name and confidence (0 to 1).
         classes: all labels that the model tells apart, in their order.
+        title: heading.
+        confusion: see `class_colours`.
     """
     labels = frame["predicted_label"].to_numpy(dtype=str)
-    colours = class_colours(labels, classes)
+    colours = class_colours(labels, classes, confusion)
     known = labels != ""
-    west, south, east, north = bounds = frame.total_bounds
-    paths = outline_paths(frame.geometry)
-    height = (north - south) / max(east - west, 1.0)  # as a share of the width
-    rows, columns = (2, 1) if height < 0.6 else (1, 2)
-    figure = Figure(layout="constrained")
-    axes = figure.subplots(rows, columns)
-    fill(axes[0], paths, [colours.get(label, GREY) for label in labels])
-    axes[0].set_title("Predicted class")
-    fill(axes[1], [paths[i] for i in np.flatnonzero(~known)], GREY)
-    sure = fill(axes[1], [paths[i] for i in np.flatnonzero(known)], None)
+    bounds, paths = frame.total_bounds, outline_paths(frame.geometry)
+    west, south, east, north = view(bounds)
+    ratio = (north - south) / (east - west)
+    # All in inches: the panels are as large as what they show, so that nothing stays empty.
+    columns = 1 if ratio < 0.6 else 2
+    wide = min((_WIDTH - _GAP) / columns - _GAP, 10 / ratio)
+    width = max(columns * (wide + _GAP) + _GAP, 7)
+    handles = _legend_handles(labels, colours, dict(zip(labels, frame["predicted_name"])))
+    per_row = max(1, int(width / (0.55 + 0.068 * max(len(handle.get_label()) for handle in handles))))
+    below = 0.45 + 0.175 * -(-len(handles) // per_row)
+    height = 0.4 * bool(title) + 2 // columns * (wide * ratio + 0.35) + below
+    figure = Figure(figsize=(width, height))
+    left, top = (width - columns * (wide + _GAP) + _GAP) / 2, height - 0.4 * bool(title) - 0.3
+    panels = []
+    meaning = " (probability of the predicted class)" if wide > 3.6 else ""
+    for number, heading in enumerate(("Predicted class", f"Confidence{meaning}")):
+        x, y = left + (wide + _GAP) * (number % columns), top - wide * ratio
+        y -= (wide * ratio + 0.35) * (number // columns)
+        panels.append(figure.add_axes((x / width, y / height, wide / width, wide * ratio / height)))
+        panels[-1].set_title(heading, fontsize="medium")
+        frame_panel(panels[-1], bounds)
+    fill(panels[0], paths, [colours.get(label, GREY) for label in labels])
+    add_scale(panels[0], bounds)
+    fill(panels[1], [paths[i] for i in np.flatnonzero(~known)], GREY)
+    sure = fill(panels[1], [paths[i] for i in np.flatnonzero(known)], None)
     sure.set(array=frame["confidence"].to_numpy(float)[known], cmap="viridis", clim=(0, 1))
-    axes[1].set_title("Confidence (probability of the predicted class)")
-    figure.colorbar(sure, ax=axes[1], shrink=0.8, aspect=30, pad=0.02)
-    for panel in axes:
-        frame_panel(panel, bounds)
-    legend_rows = _add_legend(figure, labels, colours, dict(zip(labels, frame["predicted_name"])))
-    panel_height = min((height + 0.2) * (_WIDTH / columns - 0.3), 10)
-    figure.set_size_inches(_WIDTH, rows * (panel_height + 0.4) + 0.5 + 0.2 * legend_rows)
-    return figure
-
-
-def _add_legend(
-    figure: Figure, labels: np.ndarray, colours: Mapping[str, str], names: Mapping[str, str]
-) -> int:
-    """Lists the classes that occur, with their numbers of parcels, below the panels; returns the number of rows."""
-    pooled = np.isin(labels, [label for label, colour in colours.items() if colour == DARK])
-    entries = [
-        (colour, names[label], (labels == label).sum()) for label, colour in colours.items() if colour != DARK
-    ]
-    entries += [(DARK, OTHER, pooled.sum()), (GREY, UNDEFINED, (labels == "").sum())]
-    words = [f"{name[:29] + '...' if len(name) > 32 else name} ({n:,})" for _, name, n in entries]
-    handles = [
-        Patch(facecolor=colour, label=label.replace("$", r"\$"))  # which would begin a formula
-        for (colour, _, n), label in zip(entries, words)
-        if n
-    ]
-    columns = 5 if max(map(len, words)) < 26 else 3
+    add_colour_bar(panels[1], bounds, sure)
+    figure.suptitle(title, y=1 - 0.1 / height, va="top", parse_math=False)
     figure.legend(
         handles=handles,
-        loc="outside lower center",
-        ncols=columns,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 0),
+        ncols=per_row,
         frameon=False,
         fontsize="small",
         title="Class (number of parcels)",
     )
-    return -(-len(handles) // columns)
+    return figure
+
+
+def _legend_handles(labels: np.ndarray, colours: Mapping[str, str], names: Mapping[str, str]) -> list[Patch]:
+    """The classes that occur, with their numbers of parcels."""
+    shown = [label for label, colour in colours.items() if colour != DARK]
+    pooled = np.isin(labels, [label for label in colours if label not in shown])
+    entries = [
+        (colours[label], name, (labels == label).sum())
+        for label, name in zip(shown, shorten([names[label] for label in shown], 40))
+    ]
+    entries += [(DARK, OTHER, pooled.sum()), (GREY, UNDEFINED, (labels == "").sum())]
+    return [
+        Patch(facecolor=colour, label=f"{name} ({n:,})".replace("$", r"\$"))  # which would begin a formula
+        for colour, name, n in entries
+        if n
+    ]
+
+
+def describe_dataset(dataset: PixelSetData) -> str:
+    """Name of a dataset, and first and last date of its images."""
+    days = read_days(dataset.folder, [int(parcel) for parcel in dataset.pid])
+    days = days if isinstance(days, np.ndarray) else np.concatenate(list(days.values()))
+    first, last = (date.fromordinal(int(day)) for day in (days.min(), days.max()))
+    simulated = " (simulated)" if read_info(dataset.folder).get("simulated") else ""
+    return f"{dataset.folder.resolve().name}{simulated}, {first} to {last}"

@@ -97,7 +97,9 @@ def plot_confusion(
     # Room for the cells, in inches, and beside them for the longest of the names.
     side = max(2.8, len(mat) * float(np.clip(5 / len(mat), 0.27, 0.7)))
     below = max(label.get_window_extent().height for label in axis.get_xticklabels()) / figure.dpi
-    width = side + 0.75 + max(label.get_window_extent().width for label in axis.get_yticklabels()) / figure.dpi
+    width = (
+        side + 0.75 + max(label.get_window_extent().width for label in axis.get_yticklabels()) / figure.dpi
+    )
     heading = textwrap.wrap(title, int(width / 0.1))
     figure.set_size_inches(width, side + 0.75 + below + 0.22 * len(heading))
     if heading:

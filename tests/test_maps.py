@@ -11,15 +11,18 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 import inference
 from common.errors import UserError
 from data.outlines import to_ground
 from preprocessing.parcels import read_outlines
-from reports.cartography import PALETTE, outline_paths, scale_length
+from reports.cartography import PALETTE, colour_distances, outline_paths, scale_length
 from reports.maps import DARK, GREY, class_colours, match_outlines, plot_map, write_map
 from tests.commands import run_command, run_inference, run_train
 from tests.folders import write_folder, write_meta
+from tests.test_plots import check_texts, long_names
 
 geopandas = pytest.importorskip("geopandas")
 import shapely
@@ -66,12 +69,14 @@ def to_lab(linear: np.ndarray) -> np.ndarray:
     return np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
 
 
-@pytest.mark.parametrize("kind, least", [("normal", 17), ("protan", 9), ("deutan", 9)])
+@pytest.mark.parametrize("kind, least", [("normal", 22), ("protan", 13), ("deutan", 13)])
 def test_colours_can_be_told_apart(kind: str, least: float) -> None:
     colours = np.array([matplotlib.colors.to_rgb(colour) for colour in [*PALETTE, GREY, DARK, "white"]])
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     lab = to_lab(simulate_deficiency(linear, kind))
     distances = np.linalg.norm(lab[:, None] - lab, axis=2)
+    if kind == "normal":
+        np.testing.assert_allclose(colour_distances(), distances[: len(PALETTE), : len(PALETTE)], rtol=1e-4)
     assert distances[np.triu_indices(len(lab), 1)].min() > least
 
 
@@ -82,6 +87,29 @@ def test_a_class_has_the_same_colour_on_every_map() -> None:
     many = [str(code) for code in range(44)]
     assert class_colours(["40", "3"], many) == {"3": PALETTE[3], "40": PALETTE[0]}
     assert len(set(class_colours(["0", "20", "40"], many).values())) == 3
+
+
+@pytest.mark.parametrize("n", [4, 20, 44])
+def test_classes_that_are_confused_have_unlike_colours(n: int) -> None:
+    """In the mean over what is confused, they are less alike than by their places; the same whatever else occurs."""
+    classes, random = [str(code) for code in range(n)], np.random.default_rng(n)
+    confusion = 1000 * np.eye(n, dtype=int)
+    for a, b in random.permutation(n).reshape(-1, 2):
+        confusion[a, b] = confusion[b, a] = random.integers(100, 900)
+    labels = classes[: len(PALETTE)]
+    distance = {
+        (a, b): colour_distances()[i, j] for i, a in enumerate(PALETTE) for j, b in enumerate(PALETTE)
+    }
+
+    def mean_distance(colours: dict[str, str]) -> float:
+        pairs = [(a, b) for a in labels for b in labels if a != b and confusion[int(a), int(b)]]
+        return np.mean([distance[colours[a], colours[b]] for a, b in pairs])
+
+    colours = class_colours(labels, classes, confusion)
+    assert len(set(colours.values())) == len(labels)
+    assert mean_distance(colours) > 1.2 * mean_distance(class_colours(labels, classes))
+    if n <= len(PALETTE):
+        assert class_colours(labels[:2], classes, confusion).items() <= colours.items()
 
 
 def test_rare_classes_are_pooled() -> None:
@@ -173,6 +201,46 @@ def test_draws_every_parcel_in_its_colour(tmp_path: Path) -> None:
         near = np.abs(panel - matplotlib.colors.to_rgb(colour)).max(2) < 0.01
         squares = 5 * 100 * 100 / (1188 * 220) / (1.06 * 1.2)  # their share of the panel, roughly
         assert 0.3 * squares < near.mean() < squares
+
+
+@pytest.mark.parametrize("n", [4, 20, 44])
+@pytest.mark.parametrize("size", [(6000, 5000), (20_000, 3000), (2000, 15_000), (100, 100)])
+def test_map_has_no_empty_band_and_legible_texts(n: int, size: tuple[int, int], tmp_path: Path) -> None:
+    names, corners = long_names(n), np.random.default_rng(0).uniform(0, 1, (n, 2)) * size
+    corners[:2] = (0, 0), size
+    frame = to_ground(read_outlines(write_outlines(tmp_path / "in.gpkg", range(n), corners.tolist())))
+    frame["predicted_label"], frame["confidence"] = list(names), 0.5
+    frame["predicted_name"] = list(names.values())
+    figure = plot_map(frame, list(names), "a dataset, 2017-01-03 to 2017-10-14")
+    panels = figure.axes[:2]
+    check_texts(
+        figure, [figure._suptitle, *(panel.title for panel in panels), *figure.legends[0].findobj(Text)]
+    )
+    FigureCanvasAgg(figure).draw()
+    frames = [panel.get_window_extent() for panel in panels]
+    beside, rest = (
+        abs(frames[0].y0 - frames[1].y0) < 1,
+        figure.bbox.height - figure.legends[0].get_window_extent().height,
+    )
+    assert (max if beside else sum)(box.height for box in frames) > rest - (
+        1.1 if beside else 1.5
+    ) * figure.dpi
+    for panel in panels:  # what is shown fills its panel
+        west, east = panel.get_xlim()
+        assert east - west < 1.25 * (size[0] + 100) or size[0] < size[1]
+
+
+def test_neighbours_of_a_class_are_outlined(tmp_path: Path) -> None:
+    corners = [(x, y) for x in (0, 100, 200) for y in (0, 100, 200)]  # without gaps
+    frame = to_ground(read_outlines(write_outlines(tmp_path / "in.gpkg", range(9), corners)))
+    frame["predicted_label"], frame["predicted_name"], frame["confidence"] = "1", "Wheat", 0.5
+    figure = plot_map(frame, CLASSES)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    middle = figure.axes[0].get_window_extent()
+    row = np.asarray(canvas.buffer_rgba())[int(figure.bbox.height - middle.y1 + 0.25 * middle.height)] / 255
+    dark = row[int(middle.x0 + 3) : int(middle.x1 - 3), :3].max(1) < 0.6
+    assert 3 <= np.count_nonzero(np.diff(dark.astype(int)) == 1) <= 4  # left, right and two edges between
 
 
 def test_confidence_panel_and_legend(tmp_path: Path) -> None:
