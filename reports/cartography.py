@@ -99,7 +99,7 @@ def add_colour_bar(panel: Axes, bounds: Sequence[float], shown: PathCollection) 
     pad = _margin(bounds)
     place = (west, south - 1.6 * pad, 0.6 * (east - west), 0.5 * pad)
     bar = panel.inset_axes(place, transform=panel.transData)
-    panel.figure.colorbar(shown, cax=bar, orientation="horizontal")
+    panel.figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=(0, 0.5, 1))
     bar.tick_params(labelsize="x-small", length=2, pad=1)
 
 

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.arrays import load_arrays
 from common.errors import UserError
 from common.files import read_json, write_bytes
 from data.settings import CLASSES_20
 from learning.metrics import accuracy, mean_iou
 from learning.options import resolve_architecture
-from learning.results import CONFIG, CONFUSION, OVERALL
+from learning.results import CONFIG, OVERALL, read_confusions
 from learning.run import AGRI, PUBLISHED_DAYS, Run, read_run
 from models.architecture import PRESETS, read_preset
 from models.layers import trainable_parameters
@@ -65,7 +65,7 @@ def draw(res_dir: Path) -> list[Row]:
     rows, runs = map(list, zip(*found))
     write_table(res_dir / TABLE, rows)
     on_paper_data = all(is_sentinel_agri(row, run) for row, run in zip(rows, runs))
-    save_figure(res_dir / PICTURE, plot(rows, title(rows, runs), on_paper_data))
+    save_figure(res_dir / PICTURE, plot_comparison(rows, describe_runs(rows, runs), on_paper_data))
     return rows
 
 
@@ -86,15 +86,12 @@ def read_line(res_dir: Path, name: str) -> tuple[Row, Run] | None:
         return None
     run = read_run(folder)
     folds, epochs = run.training.kfold, run.training.epochs
-    paths = (folder / f"Fold_{fold}" / CONFUSION for fold in range(1, folds + 1))
-    try:
-        matrices = [np.asarray(load_arrays(path)) for path in paths if path.exists()]
-        if not matrices:
-            return None
-        total = np.sum(matrices, axis=0)
-        oa_std, iou_std = np.std([(accuracy(mat), mean_iou(mat)) for mat in matrices], axis=0)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{folder} is damaged ({error}); train {name} again.") from error
+    tested = read_confusions(folder, len(run.data.classes))
+    matrices = [mat for fold, mat in tested.items() if fold <= folds]
+    if not matrices:
+        return None
+    total = sum(matrices)
+    oa_std, iou_std = np.std([(accuracy(mat), mean_iou(mat)) for mat in matrices], axis=0)
     parameters, flops = measure_model(run)
     scores = accuracy(total), float(oa_std), mean_iou(total), float(iou_std)
     row = Row(
@@ -160,7 +157,7 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def title(rows: Sequence[Row], runs: Sequence[Run]) -> str:
+def describe_runs(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     """What the runs were made with: dataset, folds, epochs."""
     parcels = max(row.parcels for row in rows)
     if any(run.about.get("simulated") for run in runs):
@@ -197,15 +194,15 @@ def is_sentinel_agri(row: Row, run: Run) -> bool:
     )
 
 
-def plot(rows: Sequence[Row], heading: str, with_published: bool) -> Figure:
+def plot_comparison(rows: Sequence[Row], about: str, with_published: bool) -> Figure:
     """mIoU against the temporal encoder's parameters, a line per architecture.
 
     Args:
         rows: the table; a marker is hollow while folds are missing.
-        heading: what the runs were made with.
+        about: what the runs were made with.
         with_published: whether the paper's figure is drawn faintly behind.
     """
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    figure = Figure(figsize=(9.4, 5.2), layout="constrained")
     axis = figure.subplots()
     for architecture, (x, y) in (published_curves() if with_published else {}).items():
         axis.plot(x, y, "--", color=COLOURS[architecture], alpha=0.4, linewidth=1.3)
@@ -217,15 +214,24 @@ def plot(rows: Sequence[Row], heading: str, with_published: bool) -> Figure:
         style = {"color": COLOURS[architecture], "marker": MARKERS[architecture]}
         x = np.array([row.parameters_temporal for row in own])
         y, spread = (100 * np.array([getattr(row, key) for row in own]) for key in ("mIoU", "mIoU_std"))
-        if own:
+        if len(own) == 1:  # of which there is no line, and so no band
+            axis.errorbar(x, y, spread, label=name, capsize=4, **style)
+        elif own:
             axis.plot(x, y, label=name, linewidth=1.8, **style)
-            axis.fill_between(x, y - spread, y + spread, color=style["color"], alpha=0.13, linewidth=0)
+            axis.fill_between(x, y - spread, y + spread, color=style["color"], alpha=0.15, linewidth=0)
         unfinished = np.array([row.folds_tested < row.folds for row in own], dtype=bool)
         axis.plot(x[unfinished], y[unfinished], linestyle="", markerfacecolor="white", **style)
     if any(row.folds_tested < row.folds for row in rows):
         axis.plot([], [], "o", color="grey", markerfacecolor="white", label="folds missing")
     axis.set(xscale="log", xlabel="trainable parameters of the temporal encoder", ylabel="mIoU (%)")
-    axis.set_title(heading, fontsize="medium")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_title("How well parcels are classified, by the size of the temporal encoder", pad=24)
+    axis.text(0.5, 1.03, about, transform=axis.transAxes, ha="center", fontsize="small", parse_math=False)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False, title="band: standard deviation\nover folds", title_fontsize="small")
+    spread = "\u00b1 standard\ndeviation of folds"
+    figure.legend(
+        loc="outside right upper", frameon=False, title=f"band or bar:\n{spread}", title_fontsize="small"
+    )
     return figure

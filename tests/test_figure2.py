@@ -24,11 +24,12 @@ from reports.figure2 import (
     all_configurations,
     is_sentinel_agri,
     measure_model,
-    plot,
+    plot_comparison,
     published_curves,
 )
 from tests.commands import run_command
 from tests.folders import write_folder, write_meta
+from tests.test_plots import check_texts
 
 SETTINGS = "--epochs 2 --kfold 3 --npixel 4 --batch_size 4 --num_workers 0 --device cpu"
 TWO = "--only LTAE/9k GRU/15k"
@@ -242,7 +243,11 @@ def test_picture(with_published: bool) -> None:
         agri_row(),
         agri_row(configuration="LTAE/34k", parameters_temporal=33_920, mIoU=0.6, folds_tested=2),
     ]
-    axis = plot(rows, "heading", with_published).axes[0]
+    axis = plot_comparison(rows, "what the runs are", with_published).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["what the runs are"]
+    (band,) = (each for each in axis.collections if len(each.get_paths()))
+    low, high = np.sort(np.unique(band.get_paths()[0].vertices[:, 1].round(6)))[[0, -1]]
+    assert (low, high) == (50, 61)  # the means with the deviation over folds, 1 %
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert lines["L-TAE"].get_xdata().tolist() == [8832, 33920]
     assert lines["L-TAE"].get_ydata().tolist() == pytest.approx([51, 60])
@@ -251,12 +256,28 @@ def test_picture(with_published: bool) -> None:
     ]
     assert [line.get_xdata().tolist() for line in hollow] == [[33920]]
     assert sum(line.get_linestyle() == "--" for line in axis.get_lines()) == (5 if with_published else 0)
-    assert axis.get_xscale() == "log" and axis.get_title() == "heading"
+    assert axis.get_xscale() == "log" and axis.get_title()
+
+
+def test_one_configuration_alone_has_an_error_bar() -> None:
+    axis = plot_comparison([agri_row(mIoU_std=0.02)], "", False).axes[0]
+    (bar,) = axis.collections
+    np.testing.assert_allclose(bar.get_segments()[0], [[8832, 49], [8832, 53]])
+
+
+def test_texts_of_the_picture_fit() -> None:
+    rows = [
+        agri_row(configuration=name, parameters_temporal=9000 + 90_000 * i)
+        for i, name in enumerate(all_configurations())
+    ]
+    about = comparison.describe_runs(rows, [agri_run()] * len(rows))
+    axis = (figure := plot_comparison(rows, about, True)).axes[0]
+    check_texts(figure, [axis.title, *axis.texts, axis.xaxis.label, axis.yaxis.label])
 
 
 def test_title_says_that_data_are_simulated(results: Path) -> None:
     row, run = comparison.read_line(results, "LTAE/9k")
-    assert comparison.title([row], [run]).startswith("simulated data")
-    assert comparison.title([row], [replace(run, about={**run.about, "simulated": False})]).startswith(
-        "set (15 parcels), 3 folds, 2 epochs"
-    )
+    assert comparison.describe_runs([row], [run]).startswith("simulated data")
+    assert comparison.describe_runs(
+        [row], [replace(run, about={**run.about, "simulated": False})]
+    ).startswith("set (15 parcels), 3 folds, 2 epochs")
