@@ -51,6 +51,7 @@ def write_report(res_dir: str | Path) -> Path:
     page = environment.get_template(TEMPLATE).render(
         title=run.architecture.kind.title,
         config={name: value for name, value in run.about.items() if name not in _ELSEWHERE},
+        dataset=Path(run.about.get("dataset_folder") or "").name,
         command=run.about.get("command"),
         simulated=run.about.get("simulated"),
         figures=_key_figures(run, confusion, tests),
