@@ -39,9 +39,12 @@ from preprocessing.simulate import embedded_dataset
 from reports.attention import PICTURES, choose_bands, mean_attention, write_attention
 from reports.export import export_run
 from reports.maps import check_picture, describe_dataset, match_outlines, write_map
+from reports.suspects import write_suspects
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
+
+NO_SUSPECTS = "none listed, since the folds may have learned from the labels that they would have to doubt"
 
 
 def parse_args() -> argparse.Namespace:
@@ -150,6 +153,8 @@ def main() -> None:
             ]
         )
     )
+    if (predictions.targets != UNKNOWN).any():
+        print(f"Suspects: {write_suspects(output / TABLE, output) if jury.is_known else NO_SUSPECTS}")
     if args.attention:
         show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
     if outlines is not None:

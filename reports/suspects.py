@@ -1,0 +1,120 @@
+"""Parcels whose label looks wrong: classifiers that did not learn from them predict another class, the surest first.
+
+How sure it is that the class is another one is 1 less the probability of the label. Where wrong labels are as likely to be
+any other class, no order by these probabilities brings more of them to the front; that of the confidence in the
+predicted class brings fewer, since it passes over labels that are out of question while two other classes are not.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from common.files import write_bytes
+from reports.plots import save_figure, shorten
+
+SUSPECTS, PICTURE = "suspects.csv", "suspects.png"
+LEVELS = {"below 0.01": 0.01, "0.01 to 0.1": 0.1, "0.1 and more": 1.0}  # probability of the label is below
+_COLOURS = "#d55e00", "#e69f00", "#bbbbbb"
+_MOST_PAIRS = 20
+
+Row = dict[str, str]
+
+
+def read_table(table: Path) -> Iterator[Row]:
+    """The lines of predictions.csv, by column."""
+    with open(table, newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
+
+
+def find_suspects(rows: Iterator[Row]) -> tuple[list[Row], int]:
+    """The parcels that are predicted as another class than their label says.
+
+    Args:
+        rows: of predictions.csv. Parcels without a label, without a prediction, or that the classifiers learned from are
+            passed over.
+
+    Returns:
+        What suspects.csv tells of them, the least probable label first and, of equal ones, the most confident prediction;
+        and how many parcels were looked at.
+    """
+    suspects, n_looked_at = [], 0
+    for row in rows:
+        true, predicted = row["true_label"], row["predicted_label"]
+        if not true or not predicted or row["predicted_by"] == "seen":
+            continue
+        n_looked_at += 1
+        if true != predicted:
+            told = {
+                name: row[name] for name in row if not name.startswith("probability_") and name != "agreement"
+            }
+            place = list(told).index("confidence") + 1
+            items = list(told.items())
+            items.insert(place, ("true_probability", row[f"probability_{true}"]))
+            suspects.append(dict(items))
+    suspects.sort(key=lambda row: (float(row["true_probability"]), -float(row["confidence"])))
+    return suspects, n_looked_at
+
+
+def write_suspects(table: Path, output: Path) -> str:
+    """Writes suspects.csv and suspects.png; returns what was found, in words.
+
+    Args:
+        table: predictions.csv, in which every parcel is predicted out of fold or marked as seen.
+        output: folder to write to.
+    """
+    suspects, n_looked_at = find_suspects(read_table(table))
+    columns = list(suspects[0]) if suspects else ["id", "true_label", "predicted_label", "confidence"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(suspects)
+    write_bytes(output / SUSPECTS, text.getvalue().encode())
+    save_figure(output / PICTURE, plot_suspects(suspects, n_looked_at))
+    return (
+        f"{len(suspects)} of {n_looked_at} parcels with a known class are predicted as another, the surest first: "
+        f"{output / SUSPECTS}, {output / PICTURE}"
+    )
+
+
+def plot_suspects(suspects: Sequence[Row], n_looked_at: int) -> Figure:
+    """How many parcels of which label are predicted as which other class, by the label's probability.
+
+    Args:
+        suspects: as `find_suspects` gives them.
+        n_looked_at: number of parcels with a label.
+    """
+    pairs = [
+        tuple(row.get(f"{which}_name", row[f"{which}_label"]) for which in ("true", "predicted"))
+        for row in suspects
+    ]
+    shown = [pair for pair, _ in Counter(pairs).most_common(_MOST_PAIRS)]
+    level = np.searchsorted(
+        [*LEVELS.values()], [float(row["true_probability"]) for row in suspects], side="right"
+    )
+    counts = np.zeros((len(shown), len(LEVELS)), np.int64)
+    for pair, k in zip(pairs, level):
+        if pair in shown:
+            counts[shown.index(pair), k] += 1
+    figure = Figure(figsize=(8, 1.6 + 0.26 * max(len(shown), 1)), layout="constrained")
+    axis = figure.subplots()
+    for k, (words, colour) in enumerate(zip(LEVELS, _COLOURS)):
+        left = counts[:, :k].sum(1)
+        axis.barh(range(len(shown)), counts[:, k], left=left, color=colour, label=words)
+    names = shorten([name for pair in shown for name in pair], 28)
+    words = [f"{true} \u2192 {other}" for true, other in zip(names[::2], names[1::2])]
+    axis.set_yticks(range(len(shown)), words, fontsize="small", parse_math=False)
+    axis.invert_yaxis()
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("parcels")
+    if suspects:
+        axis.legend(title="probability\nof the label", frameon=False, fontsize="small")
+    rest = f"; the {len(shown)} most frequent pairs" if len(set(pairs)) > len(shown) else ""
+    axis.set_title(
+        f"{len(suspects):,} of {n_looked_at:,} parcels: label \u2192 predicted class{rest}", fontsize="medium"
+    )
+    return figure
