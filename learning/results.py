@@ -125,21 +125,24 @@ def read_confusion(path: Path) -> np.ndarray:
     return mat
 
 
+def folds_with(res_dir: Path, name: str) -> dict[int, Path]:
+    """The file of that name of each fold that has one, by the fold's number."""
+    paths = {path.parent.name[5:]: path for path in res_dir.glob(f"Fold_*/{name}")}
+    return {int(fold): paths[fold] for fold in sorted(filter(str.isdecimal, paths), key=int)}
+
+
 def read_confusions(res_dir: Path, n_classes: int) -> dict[int, np.ndarray]:
     """The confusion matrix (K, K) of each fold that is tested, by its number.
 
     Raises:
         UserError: if one is damaged or of another number of classes.
     """
-    numbers = [path.parent.name[5:] for path in res_dir.glob(f"Fold_*/{CONFUSION}")]
-    matrices = {}
-    for fold in sorted(int(number) for number in numbers if number.isdecimal()):
-        path = res_dir / f"Fold_{fold}" / CONFUSION
-        matrices[fold] = mat = read_confusion(path)
+    matrices = {fold: read_confusion(path) for fold, path in folds_with(res_dir, CONFUSION).items()}
+    for fold, mat in matrices.items():
         if len(mat) != n_classes:
             raise UserError(
-                f"{path} holds a confusion matrix of {len(mat)} classes, but the run tells {n_classes} apart; copy it "
-                "again or train the fold again."
+                f"Fold_{fold} of {res_dir} holds a confusion matrix of {len(mat)} classes, but the run tells {n_classes} "
+                "apart; copy it again or train the fold again."
             )
     return matrices
 

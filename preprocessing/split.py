@@ -29,7 +29,7 @@ from data.outlines import OUTLINES, to_ground
 from data.packing import check_folder, list_parcels
 from data.settings import LABELS
 from preprocessing.parcels import read_outlines
-from reports.cartography import PALETTE, add_scale, fill, frame_panel, outline_paths, view
+from reports.cartography import PALETTE, add_scale, fill, map_figure, outline_paths, points_per_metre
 from reports.plots import save_figure
 
 if TYPE_CHECKING:
@@ -165,26 +165,18 @@ def describe(blocks: np.ndarray, labels: np.ndarray, part: np.ndarray) -> list[s
 def plot_parts(outlines: GeoSeries, part: np.ndarray, grid: tuple[np.ndarray, float], title: str) -> Figure:
     """Outlines, in metres, coloured by part, and the grid of the blocks: its south-west corner and their side."""
     bounds, (corner, side) = outlines.total_bounds, grid
-    west, south, east, north = view(bounds)
     colours = [PALETTE[k % len(PALETTE)] for k in range(part.max() + 1)]
-    wide = min(7.7, 10 * (east - west) / (north - south))
-    tall, below = wide * (north - south) / (east - west), 0.2 + 0.2 * -(-len(colours) // 3)  # in inches
-    figure = Figure(figsize=(8, 0.4 + tall + below))
-    height = figure.get_figheight()
-    panel = figure.add_axes(((4 - wide / 2) / 8, below / height, wide / 8, tall / height))
-    frame_panel(panel, bounds)
-    fill(panel, outline_paths(outlines), [colours[k] for k in part])
-    lines = {"colors": "black", "linewidths": min(1.2, 0.1 * side * 72 * wide / (east - west)), "zorder": 3}
-    panel.vlines(np.arange(corner[0], bounds[2], side), bounds[1], bounds[3], **lines)
-    panel.hlines(np.arange(corner[1], bounds[3], side), bounds[0], bounds[2], **lines)
-    add_scale(panel, bounds)
-    frame_panel(panel, bounds)
-    panel.set_title(title)
     handles = [
         Patch(facecolor=colour, label=f"part {k + 1} ({(part == k).sum():,} parcels)")
         for k, colour in enumerate(colours)
     ]
-    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False)
+    figure, (panel,) = map_figure(bounds, [title], handles)
+    fill(panel, outline_paths(outlines), [colours[k] for k in part])
+    add_scale(panel, bounds)
+    width = 0.1 * side * points_per_metre(panel)
+    lines = {"colors": "black", "linewidths": min(1.2, width), "zorder": 3}
+    panel.vlines(np.arange(corner[0], bounds[2], side), bounds[1], bounds[3], **lines)
+    panel.hlines(np.arange(corner[1], bounds[3], side), bounds[0], bounds[2], **lines)
     return figure
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.path import Path
 
 if TYPE_CHECKING:
@@ -47,7 +49,47 @@ def outline_paths(outlines: GeoSeries) -> list[Path]:
     return [Path(*parcel) for parcel in zip(np.split(points, cuts), np.split(codes, cuts))]
 
 
-def view(bounds: Sequence[float]) -> tuple[float, float, float, float]:
+def map_figure(
+    bounds: Sequence[float], headings: Sequence[str], handles: Sequence[Patch], title: str = "", key: str = ""
+) -> tuple[Figure, list[Axes]]:
+    """A figure with a framed panel for each heading, as large as what they show, so that nothing stays empty.
+
+    Args:
+        bounds: metres to show (west, south, east, north).
+        headings: of the panels; what stands in brackets is left out of narrow ones.
+        handles: what the legend below lists.
+        title: heading of the figure.
+        key: heading of the legend.
+    """
+    west, south, east, north = _view(bounds)
+    ratio, n, gap, above = (
+        (north - south) / (east - west),
+        len(headings),
+        0.15,
+        0.4 * bool(title),
+    )  # inches from here on
+    columns = n if ratio > 0.6 else 1
+    wide = min((7 + 4 * (n > 1) - gap) / columns - gap, 10 / ratio)
+    tall, rows, width = wide * ratio + 0.35, n // columns, max(columns * (wide + gap) + gap, 7)
+    per_row = max(1, int(width / (0.55 + 0.068 * max(len(handle.get_label()) for handle in handles))))
+    below = 0.25 + 0.2 * bool(key) + 0.175 * -(-len(handles) // per_row)
+    height = above + rows * tall + below
+    figure, left, panels = Figure(figsize=(width, height)), (width - columns * (wide + gap) + gap) / 2, []
+    for number, heading in enumerate(headings):
+        x, y = left + number % columns * (wide + gap), height - above - (number // columns + 1) * tall
+        place = x / width, (y + 0.05) / height, wide / width, wide * ratio / height
+        panels.append(figure.add_axes(place))
+        panels[-1].set_title(
+            heading if wide > 0.08 * len(heading) else heading.partition(" (")[0], fontsize="medium"
+        )
+        frame_panel(panels[-1], bounds)
+    figure.suptitle(title, y=1 - 0.1 / height, va="top", parse_math=False)
+    style = {"loc": "lower center", "bbox_to_anchor": (0.5, 0), "frameon": False, "fontsize": "small"}
+    figure.legend(handles=handles, ncols=per_row, title=key or None, **style)
+    return figure, panels
+
+
+def _view(bounds: Sequence[float]) -> tuple[float, float, float, float]:
     """Metres that a panel shows (west, south, east, north): the given ones, a margin, and a strip below."""
     west, south, east, north = bounds
     pad = _margin(bounds)
@@ -60,18 +102,22 @@ def _margin(bounds: Sequence[float]) -> float:
 
 
 def frame_panel(panel: Axes, bounds: Sequence[float]) -> None:
-    """Makes a panel show the given metres (west, south, east, north) and what `view` adds."""
-    west, south, east, north = view(bounds)
+    """Makes a panel show the given metres (west, south, east, north), and a strip below them."""
+    west, south, east, north = _view(bounds)
     panel.set(xlim=(west, east), ylim=(south, north), xticks=[], yticks=[], aspect="equal")
 
 
 def fill(panel: Axes, paths: Sequence[Path], colours: str | Sequence[str] | None) -> PathCollection:
     """Draws filled outlines in a framed panel, with edges as thin as they are small, so that neighbours stay apart."""
     sides = [np.ptp(path.vertices, axis=0).max() for path in paths[:: max(1, len(paths) // 1000)]]
-    points_per_metre = 72 * panel.bbox.width / panel.figure.dpi / np.ptp(panel.get_xlim())
-    width = min(0.05 * float(np.median(sides or [0])) * points_per_metre, 0.5)
+    width = min(0.05 * float(np.median(sides or [0])) * points_per_metre(panel), 0.5)
     collection = PathCollection(paths, facecolors=colours, edgecolors=_EDGE, linewidths=width)
     return panel.add_collection(collection, autolim=False)
+
+
+def points_per_metre(panel: Axes) -> float:
+    """How large a metre is in a framed panel, in points."""
+    return float(72 * panel.bbox.width / panel.figure.dpi / np.ptp(panel.get_xlim()))
 
 
 def add_scale(panel: Axes, bounds: Sequence[float]) -> None:

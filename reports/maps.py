@@ -22,9 +22,8 @@ from reports.cartography import (
     add_scale,
     colour_distances,
     fill,
-    frame_panel,
+    map_figure,
     outline_paths,
-    view,
 )
 from reports.plots import shorten
 
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 
 GREY, DARK = "#b8b8b8", "#333333"  # parcels without a prediction; classes that are pooled
 UNDEFINED, OTHER = "no observation", "other classes"
-_DPI, _WIDTH, _GAP = 200, 11, 0.15  # of the picture, in inches
+_DPI = 200  # of the picture
 
 
 def match_outlines(outlines: GeoDataFrame, ids: Sequence[str]) -> GeoDataFrame:
@@ -196,42 +195,15 @@ def plot_map(
     colours = class_colours(labels, classes, confusion)
     known = labels != ""
     bounds, paths = frame.total_bounds, outline_paths(frame.geometry)
-    west, south, east, north = view(bounds)
-    ratio = (north - south) / (east - west)
-    # All in inches: the panels are as large as what they show, so that nothing stays empty.
-    columns = 1 if ratio < 0.6 else 2
-    wide = min((_WIDTH - _GAP) / columns - _GAP, 10 / ratio)
-    width = max(columns * (wide + _GAP) + _GAP, 7)
     handles = _legend_handles(labels, colours, dict(zip(labels, frame["predicted_name"])))
-    per_row = max(1, int(width / (0.55 + 0.068 * max(len(handle.get_label()) for handle in handles))))
-    below = 0.45 + 0.175 * -(-len(handles) // per_row)
-    height = 0.4 * bool(title) + 2 // columns * (wide * ratio + 0.35) + below
-    figure = Figure(figsize=(width, height))
-    left, top = (width - columns * (wide + _GAP) + _GAP) / 2, height - 0.4 * bool(title) - 0.3
-    panels = []
-    meaning = " (probability of the predicted class)" if wide > 3.6 else ""
-    for number, heading in enumerate(("Predicted class", f"Confidence{meaning}")):
-        x, y = left + (wide + _GAP) * (number % columns), top - wide * ratio
-        y -= (wide * ratio + 0.35) * (number // columns)
-        panels.append(figure.add_axes((x / width, y / height, wide / width, wide * ratio / height)))
-        panels[-1].set_title(heading, fontsize="medium")
-        frame_panel(panels[-1], bounds)
+    headings = "Predicted class", "Confidence (probability of the predicted class)"
+    figure, panels = map_figure(bounds, headings, handles, title, "Class (number of parcels)")
     fill(panels[0], paths, [colours.get(label, GREY) for label in labels])
     add_scale(panels[0], bounds)
     fill(panels[1], [paths[i] for i in np.flatnonzero(~known)], GREY)
     sure = fill(panels[1], [paths[i] for i in np.flatnonzero(known)], None)
     sure.set(array=frame["confidence"].to_numpy(float)[known], cmap="viridis", clim=(0, 1))
     add_colour_bar(panels[1], bounds, sure)
-    figure.suptitle(title, y=1 - 0.1 / height, va="top", parse_math=False)
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        bbox_to_anchor=(0.5, 0),
-        ncols=per_row,
-        frameon=False,
-        fontsize="small",
-        title="Class (number of parcels)",
-    )
     return figure
 
 

@@ -18,7 +18,7 @@ from common.files import read_json, write_bytes
 from common.flags import Parser
 from learning.calibration import CALIBRATION
 from learning.metrics import confusion_matrix_analysis
-from learning.results import TEST_METRICS, TRAINLOG, read_confusions
+from learning.results import TEST_METRICS, TRAINLOG, folds_with, read_confusions
 from learning.run import Run, read_run
 from reports.plots import SCORES, plot_calibration, plot_confusion, plot_training, to_svg
 
@@ -69,12 +69,11 @@ def write_report(res_dir: str | Path) -> Path:
 def _read_folds(res_dir: Path, name: str) -> dict[int, dict[str, Any]]:
     """The JSON files of that name, by fold, of the folds that have one."""
     found = {}
-    for path in res_dir.glob(f"Fold_*/{name}"):
-        if path.parent.name[5:].isdecimal():
-            found[int(path.parent.name[5:])] = content = read_json(path, "the file that train.py wrote")
-            if not isinstance(content, dict):
-                raise UserError(f"{path} is something else; expected the file that train.py wrote.")
-    return dict(sorted(found.items()))
+    for fold, path in folds_with(res_dir, name).items():
+        found[fold] = read_json(path, "the file that train.py wrote")
+        if not isinstance(found[fold], dict):
+            raise UserError(f"{path} is something else; expected the file that train.py wrote.")
+    return found
 
 
 def _draw_curves(logs: dict[int, dict[str, Any]]) -> list[Figure]:

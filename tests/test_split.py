@@ -130,6 +130,28 @@ def test_blocks_stay_whole_and_parts_are_alike(split) -> None:
         split.deal_blocks(blocks % 4, labels, 5, seed=1)
 
 
+def test_picture_shows_parts_and_blocks(split, tmp_path: Path) -> None:
+    from data.outlines import to_ground
+    from preprocessing.parcels import read_outlines
+    from tests.outlines import write_outlines
+    from tests.test_plots import check_texts
+
+    corners = [(500_000 + 700 * i, 4_800_000 + 400 * j) for i in range(4) for j in range(4)]
+    outlines = to_ground(read_outlines(write_outlines(tmp_path / "in.gpkg", range(16), corners))).geometry
+    centres = outlines.centroid.get_coordinates().to_numpy()
+    part = np.arange(16) // 4
+    figure = split.plot_parts(outlines, part, (centres.min(0), 1000.0), "4 parts of blocks of 1 km")
+    (panel,) = figure.axes
+    check_texts(figure, [panel.title, *figure.legends[0].get_texts()])
+    parcels, upright, level = panel.collections
+    assert len({tuple(colour) for colour in parcels.get_facecolors()}) == 4
+    assert len(parcels.get_paths()) == 16
+    np.testing.assert_allclose(
+        [line[0, 0] for line in upright.get_segments()], centres[:, 0].min() + [0, 1000, 2000]
+    )
+    np.testing.assert_allclose([line[0, 1] for line in level.get_segments()], centres[:, 1].min() + [0, 1000])
+
+
 @pytest.mark.parametrize("crs", [32631, 4326, 3857])
 def test_neighbours_share_a_part_in_any_reference_system(
     crs: int, split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -15,7 +15,7 @@ from shapely.geometry import box
 from data.outlines import to_ground
 from preprocessing.images.grids import Grid
 from preprocessing.images.outlines import name_crs
-from reports.cartography import PALETTE, fill, frame_panel, outline_paths
+from reports.cartography import PALETTE, add_scale, fill, frame_panel, outline_paths
 
 _MOST_OUTLINES = 20_000  # that are drawn; of more, the centres
 _BLANK = 0.01  # share of zeros that is worth a word
@@ -112,6 +112,8 @@ def plot_prepared(
                 GeoDataFrame(geometry=[box(left, bottom, right, top)], crs=grid.crs).to_crs(table.crs)
             )
     outlines = to_ground(table)
+    frame_panel(panel, outlines.total_bounds)
+    add_scale(panel, outlines.total_bounds)
     for tile in parts:
         for outline in tile.to_crs(outlines.crs).geometry:
             panel.plot(*outline.exterior.xy, color="grey", linewidth=0.8)
@@ -121,7 +123,6 @@ def plot_prepared(
         panel.scatter(*centres.T, s=0.5, c=colours, linewidths=0)
     else:
         fill(panel, outline_paths(outlines.geometry), colours.tolist())
-    frame_panel(panel, outlines.total_bounds)
     panel.set_title("parcels, and edges of the images (grey)")
     handles = [
         Patch(facecolor=colour, label=f"{name} ({n:,})")
