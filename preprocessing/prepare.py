@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +29,33 @@ from reports.plots import save_figure
 LEFT_OUT = "left_out.csv"
 
 
+class _Pattern(argparse.Action):
+    """A single word; several are what a shell makes of a pattern without quotes."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        args: argparse.Namespace,
+        values: list[str],
+        flag: str | None = None,
+    ) -> None:
+        if len(values) > 1:
+            pattern = (
+                f"{os.path.commonprefix(values)}*{os.path.commonprefix([v[::-1] for v in values])[::-1]}"
+            )
+            parser.error(
+                f"{flag} is followed by {len(values)} names, {values[0]} and so on, as the shell makes of a pattern; put "
+                f"the pattern in quotes, such as {flag} '{pattern}'"
+            )
+        setattr(args, self.dest, values[0])
+
+
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = Parser(description="Makes a dataset folder from satellite images and parcel outlines.")
     add = parser.add_argument_group("input and output").add_argument
     images = "folder, glob pattern in quotes, or STAC item collection; names contain dates"
-    add("--images", required=True, help=images)
+    add("--images", required=True, nargs="+", action=_Pattern, help=images)
     add("--parcels", required=True, help="file with the outlines, in any vector format")
     add("--output", required=True, help="dataset folder to write, new or empty")
     add = parser.add_argument_group("parcels").add_argument
@@ -47,7 +69,12 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("images").add_argument
     add("--bands", nargs="+", help="names or numbers of the bands; without it, all of the first image")
     add("--nodata", type=finite, help="value of missing pixels, besides what the files name")
-    add("--cloud_mask", help="band of the images, or pattern of files in quotes, that shows clouds")
+    add(
+        "--cloud_mask",
+        nargs="+",
+        action=_Pattern,
+        help="band of the images, or pattern of files in quotes, that shows clouds",
+    )
     add("--clear", type=int, nargs="+", help="values of the cloud mask where the ground is seen")
     add("--scale", type=finite, help="factor of all values, such as 0.0001; writes float32")
     added = "number that is added to all values before, and the first day of the images that it holds for (default: all); "

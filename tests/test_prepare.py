@@ -6,9 +6,12 @@ import os
 import pickle
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+import warnings
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -640,6 +643,40 @@ def test_wrong_input_is_one_sentence(images, run, tmp_path, monkeypatch, capsys,
     assert message.startswith("error: ") and message.count("\n") == 1
     assert re.search(WRONG[case], message), message
     assert case in ("all clouds", "truncated image") or not list(tmp_path.glob(".dataset*"))
+
+
+@pytest.mark.parametrize("flag", ["--images", "--cloud_mask"])
+def test_patterns_without_quotes(images, tmp_path, monkeypatch, capsys, flag):
+    write_parcels(tmp_path / "parcels.gpkg", difficult_outlines())
+    other = "" if flag == "--images" else f"--images {tmp_path / 'images'} --clear 1"
+    files = " ".join(map(str, images))
+    with pytest.raises(SystemExit) as stop:
+        run_command(
+            prepare.main,
+            f"{other} {flag} {files} --parcels {tmp_path / 'parcels.gpkg'} --output {tmp_path / 'new'}",
+            monkeypatch,
+        )
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and "quotes" in message
+    assert f"{flag} '{tmp_path}/images/tile_2017*.tif'" in message
+
+
+def test_columns_of_forms_that_nobody_asked_for_are_no_news(images, run, tmp_path, recwarn):
+    """As other programs write them, GDAL warns of every column that has a limited length."""
+    path = write_parcels(tmp_path / "parcels.gpkg", difficult_outlines(), crop=["a", "b"] * 4, note=["x"] * 8)
+    with closing(sqlite3.connect(path)) as file:
+        ((sql,),) = file.execute("SELECT sql FROM sqlite_master WHERE name = 'parcels'")
+        changed = sql.replace('"note" TEXT', '"note" TEXT (96)')
+        assert changed != sql
+        file.execute("PRAGMA writable_schema = 1")
+        file.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'parcels'", (changed,))
+        file.commit()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        geopandas.read_file(path)
+    assert any("TEXT (96)" in str(warning.message) for warning in seen)
+    assert len(read_data(run("--label_column crop"))) == 8
+    assert not [warning for warning in recwarn if "TEXT (96)" in str(warning.message)]
 
 
 def test_empty_outlines_can_be_skipped(images, run, tmp_path):

@@ -1,5 +1,6 @@
 """Outlines of parcels: read and checked, their coordinate system, their geometrical features."""
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,13 @@ def _name(row: pandas.Series) -> str:
 
 
 def _read_table(path: Path, columns: list[str], layer: str | None) -> GeoDataFrame:
-    """The wanted columns and the geometry."""
+    """The wanted columns and the geometry, without warnings about the form of columns that nobody asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="pyogrio")
+        return _read_layer(path, columns, layer)
+
+
+def _read_layer(path: Path, columns: list[str], layer: str | None) -> GeoDataFrame:
     if not path.exists():
         raise UserError(f"{path} does not exist; give a file with parcel outlines in --parcels.")
     try:

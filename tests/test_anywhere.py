@@ -1,0 +1,38 @@
+"""With PYTHONPATH set to the repository, every command runs from any folder, on relative paths."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import PATIENCE
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("train", "inference", "figure2", "preprocessing.download", "reports.report", "benchmarks")
+
+
+def run_elsewhere(folder: Path, module: str, arguments: str) -> None:
+    command = [sys.executable, "-m", module, *arguments.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.returncode, done.stderr) == (0, ""), module
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands(tmp_path, module):
+    run_elsewhere(tmp_path, module, "--help")
+
+
+def test_from_images_to_folds(tmp_path):
+    pytest.importorskip("rasterio", reason="needs requirements-geo.txt")
+    pytest.importorskip("geopandas", reason="needs requirements-geo.txt")
+    run_elsewhere(tmp_path, "preprocessing.simulate", "rasters --rasters --parcels 20")
+    inputs = "--images rasters/images --parcels rasters/parcels.gpkg"
+    run_elsewhere(tmp_path, "preprocessing.prepare", f"{inputs} --label_column crop --output set")
+    run_elsewhere(tmp_path, "preprocessing.statistics", "set --overwrite")
+    run_elsewhere(tmp_path, "preprocessing.split", "set --blocks 0.2 --kfold 3")
+    assert (tmp_path / "set" / "META" / "folds.json").exists()
