@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
-from common.machine import map_tensors
+from common.machine import free_memory, map_tensors
 from common.threads import share
 from data.batch import Series
 from data.draws import (
@@ -273,7 +273,7 @@ class PixelSetData(Dataset):
         return (
             device.type == "cuda"
             and not self.varying
-            and 2 * self.store.n_bytes < torch.cuda.mem_get_info(device)[0]
+            and 2 * self.store.n_bytes < free_memory(device)
         )
 
     def to(self, device: torch.device) -> "PixelSetData":

@@ -103,7 +103,7 @@ def main() -> None:
     """Loads weights and data, predicts, and writes the predictions."""
     args = parse_args()
     keep_freed_memory()
-    device = join_ranks(args.device)
+    device = join_ranks(args.device, args.tf32)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
         choose_folds(args.weight_dir, args.fold or "all")  # before the data are read, which can take long
     if args.export:

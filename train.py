@@ -112,7 +112,7 @@ def main() -> None:
     """Prepares data and model, trains every fold, and sums up."""
     args = parse_args()
     keep_freed_memory()
-    device = join_ranks(args.device)
+    device = join_ranks(args.device, args.tf32)
     preset = read_preset(args.preset)
     res_dir = Path(args.res_dir)
     if is_main():

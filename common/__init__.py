@@ -2,6 +2,9 @@
 
 import os
 
+# With it, products on a GPU are the same every time. cuBLAS reads this when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # OpenMP's threads that spin while they wait slow a step down several times when another process uses a core, and keep
 # those of common/threads.py from theirs. Some 20 microseconds of it, until the next operation, do little harm and save
 # waking up: of GNU's OpenMP, which PyTorch has on Linux, a count of rounds. OpenMP reads this when torch is imported,

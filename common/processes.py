@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import UserError
-from common.machine import choose_device
+from common.machine import choose_device, prepare_device
 
 _PATIENCE = timedelta(days=2)  # with the first process, which packs a dataset while the others wait
 _SECONDS_TO_AGREE = 3
@@ -116,14 +116,19 @@ def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
     return [table[: int(table[most, 0])] for table in tables or ()]
 
 
-def join_ranks(device_name: str | None) -> torch.device:
-    """Joins the other processes, if torchrun started this one; gives its device.
+def join_ranks(device_name: str | None, tf32: bool = False) -> torch.device:
+    """Joins the other processes, if torchrun started this one; gives its device, prepared.
+
+    Args:
+        device_name: what `choose_device` takes.
+        tf32: see `prepare_device`.
 
     Raises:
         UserError: if there are fewer GPUs than processes on this machine, or the device is unknown.
     """
     device = choose_device(device_name)
     if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+        prepare_device(device, tf32)
         return device
     n_local = int(os.environ["LOCAL_WORLD_SIZE"])
     if device.type == "cuda":
@@ -133,7 +138,7 @@ def join_ranks(device_name: str | None) -> torch.device:
                 "process per GPU and leave --device out, or give --device cpu."
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    prepare_device(device, tf32)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     if not is_main():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

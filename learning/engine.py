@@ -32,29 +32,31 @@ class Scores:
     """
 
     def __init__(self, n_classes: int, device: torch.device) -> None:
-        self.n_classes = n_classes
         self._loss = AverageValueMeter()
-        self._new = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, number of parcels
-        self._counts = torch.zeros(n_classes * n_classes, dtype=torch.int64, device=device)
+        self._new = torch.zeros((), dtype=torch.float64, device=device)  # sum of losses that the meter lacks
+        self._counts = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=device)
+        self._classes = torch.arange(n_classes, device=device)
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch: its mean loss, logits (B, K) and true classes (B,)."""
-        self._new[0] += loss.detach() * len(target)
-        self._new[1] += len(target)
-        pairs = target * self.n_classes + logits.detach().argmax(1)
-        self._counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+        self._new.add_(loss.detach(), alpha=len(target))
+        true, found = (
+            (classes.unsqueeze(1) == self._classes).double()
+            for classes in (target, logits.detach().argmax(1))
+        )
+        self._counts.addmm_(true.t(), found)  # a GPU would sort what it counts one by one
 
     def fetch_loss(self) -> float:
         """Mean loss over the parcels so far."""
-        total, parcels = add_up(self._new).tolist()
-        if parcels:
-            self._loss.add(total, int(parcels))
+        total, parcels = add_up(torch.stack([self._new, self._counts.sum()])).tolist()
+        if parcels > self._loss.n:
+            self._loss.add(total, int(parcels) - self._loss.n)
             self._new.zero_()
         return self._loss.value()[0]
 
     def confusion_matrix(self) -> np.ndarray:
         """Counts (K, K) so far, rows true classes."""
-        return add_up(self._counts.clone()).view(self.n_classes, self.n_classes).cpu().numpy()
+        return add_up(self._counts.clone()).long().cpu().numpy()
 
     def summary(self, prefix: str) -> dict[str, float]:
         """The loss and all `METRICS`: accuracy in percent and mIoU in 0..1, under the published names."""

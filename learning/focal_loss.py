@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 
 class FocalLoss(nn.Module):
@@ -32,11 +33,11 @@ class FocalLoss(nn.Module):
         """Loss of logits (B, K) or (B, K, ...) for the true classes (B,) or (B, ...), as a scalar."""
         if input.dim() > 2:  # every position is a sample
             input = input.flatten(2).transpose(1, 2).flatten(0, 1)
-        target = target.reshape(-1, 1)
-        log_p = torch.log_softmax(input, dim=1).gather(1, target).squeeze(1)
-        loss = -((1 - log_p.detach().exp()) ** self.gamma) * log_p
+        target = target.reshape(-1)
+        nll = cross_entropy(input, target, reduction="none")  # unlike `gather`, a few kernels on a GPU
+        loss = (1 - (-nll.detach()).exp()) ** self.gamma * nll
         if self.alpha is not None:
-            loss = loss * self.alpha.to(loss)[target.squeeze(1)]
+            loss = loss * self.alpha.to(loss)[target]
         return loss.mean() if self.size_average else loss.sum()
 
 

@@ -102,7 +102,12 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="most loading processes to use; no influence on results",
     )
     group.add_argument("--preload", action="store_true", help="read all pixels into memory first")
-    group.add_argument("--device", help="cpu or cuda; without it CUDA if there is a GPU, else the CPU")
+    group.add_argument(
+        "--device", help="cpu, cuda or cuda:N; without it CUDA if there is a GPU, else the CPU"
+    )
+    group.add_argument(
+        "--tf32", action="store_true", help="let a GPU round factors of products to TF32: faster, less exact"
+    )
 
 
 def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, DataSettings, str]:

@@ -9,11 +9,15 @@ counted.
         ...  # torch.device("cuda") works
     log.kernels, log.waits
 
+Where only deterministic algorithms are allowed, an operator that has none is an error, as are products without the
+setting of cuBLAS that makes them so.
+
 Not imitated: cuDNN, NCCL, rounding, speed, kernels that run beside each other, and whatever C++ decides by `is_cuda`:
 to C++ the tensors are on "meta".
 """
 
 import linecache
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -61,6 +65,19 @@ KERNELS = {
     **dict.fromkeys(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"), 0),
     **dict.fromkeys(("detach", "alias", "lift_fresh", "is_same_size", "set_"), 0),
 }
+# Of what may be used here, what has no deterministic algorithm on CUDA (torch.use_deterministic_algorithms); `cumsum` of
+# floating-point numbers alone.
+VARIES = {
+    aten.cumsum,
+    aten.put_,
+    aten.histc,
+    aten.kthvalue,
+    aten.nll_loss2d_forward,
+    aten.upsample_linear1d_backward,
+    aten._embedding_bag,
+    aten.scatter_reduce,
+}
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.addmm_, aten.baddbmm}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # What takes a number in the host's memory neither, as most operators do.
 NO_NUMBERS = {
@@ -99,10 +116,11 @@ class Log:
 
 
 @contextmanager
-def pretend_cuda(free: int = ROOM) -> Iterator[Log]:
-    """Makes `torch.device("cuda")` work, with so many bytes free."""
+def pretend_cuda(free: int = ROOM, kept: int = 0) -> Iterator[Log]:
+    """Makes `torch.device("cuda")` work, with so many bytes free, and more that PyTorch keeps for tensors to come."""
     global _device
     log = Log()
+    settings = _settings()
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     replaced = {
         torch.cuda: {
@@ -110,6 +128,8 @@ def pretend_cuda(free: int = ROOM) -> Iterator[Log]:
             "device_count": lambda: 1,
             "get_device_name": lambda device=None: "pretended",
             "mem_get_info": lambda device=None: (free, free),
+            "memory_reserved": lambda device=None: kept,
+            "memory_allocated": lambda device=None: 0,
             "set_device": lambda device: None,
             "synchronize": lambda device=None: None,
             "_lazy_init": lambda: None,
@@ -137,6 +157,7 @@ def pretend_cuda(free: int = ROOM) -> Iterator[Log]:
             for name, value in values.items():
                 stack.enter_context(mock.patch.object(owner, name, value, create=True))
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
+        stack.callback(_set, settings)
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.enter_context(_HideCuda())
         _device = stack.enter_context(_Device(log))
@@ -144,6 +165,22 @@ def pretend_cuda(free: int = ROOM) -> Iterator[Log]:
             yield log
         finally:
             _device = _Device(Log())  # for tensors that live on
+
+
+def _settings() -> tuple[bool, ...]:
+    """What a script may set for the whole process."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
+
+
+def _set(settings: tuple[bool, ...]) -> None:
+    torch.use_deterministic_algorithms(settings[0])
+    torch.utils.deterministic.fill_uninitialized_memory = settings[1]
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings[2:]
 
 
 class PretendTensor(Tensor):
@@ -256,6 +293,8 @@ class _HideCuda(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.device:
             return func(*args, **kwargs)
+        if func is Tensor.new_tensor and isinstance(args[0], PretendTensor):
+            return torch.tensor(args[1], dtype=kwargs.get("dtype", args[0].dtype)).to(META)
         if func is torch._VF.gru and any(isinstance(x, PretendTensor) for x in args):
             return _gru(*args, **kwargs)
         if _is_cuda(kwargs.get("device")):
@@ -316,6 +355,12 @@ class _Device(TorchDispatchMode):
     def _check(self, func: OpOverload, args: tuple, kwargs: dict[str, Any], onto: bool) -> None:
         """Raises what a GPU would, and notes where the host waits."""
         packet = func.overloadpacket
+        if torch.are_deterministic_algorithms_enabled():
+            floats = packet is not aten.cumsum or args[0].is_floating_point()
+            if packet in VARIES and floats:
+                raise RuntimeError(f"{func} does not have a deterministic implementation: {_place()}")
+            if packet in PRODUCTS and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+                raise RuntimeError(f"Deterministic behavior was enabled, but {func} uses CuBLAS: {_place()}")
         if packet is aten.copy_:
             self._check_copy(args[1], isinstance(args[0], PretendTensor), len(args) > 2 and args[2])
         elif packet is aten._to_copy:

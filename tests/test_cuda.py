@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import date, timedelta
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import inference
 import train
 from common.machine import map_tensors
+from common.processes import join_ranks
 from data.folds import fold_splits
 from data.samplers import BatchSampler
 from dataset import PixelSetData, batch_loader
@@ -81,6 +84,12 @@ def without_pictures() -> Iterator[None]:
         for module in (train, attention):
             monkeypatch.setattr(module, "save_figure", lambda path, figure: plt.close(figure))
         yield
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    with pretend_cuda() as log:
+        yield log
 
 
 def train_on(
@@ -156,7 +165,7 @@ def read_outputs(output: Path) -> list[np.ndarray]:
     """The numbers of the table of predictions, and of the attention if there is one."""
     with open(output / "predictions.csv", newline="") as file:
         rows = list(csv.reader(file))[1:]
-    found = [np.array([[float(x or "nan") for x in row] for row in rows])]
+    found = [np.array([[float(x or "nan") for x in row[:5] + row[6:]] for row in rows])]  # not predicted_by
     if (output / "attention.npz").exists():
         arrays = np.load(output / "attention.npz")
         found += [arrays[name] for name in ("weight", "ndvi", "ndvi_std", "observed", "parcels")]
@@ -201,9 +210,39 @@ def flatten(batch: object) -> list[Tensor]:
 
 def test_without_room_the_pixels_stay_where_they_are(folders: dict[str, Path]) -> None:
     dataset = open_folder(folders["shared"])
-    for free, fits in [(2 * dataset.store.n_bytes, False), (2 * dataset.store.n_bytes + 1, True)]:
-        with pretend_cuda(free):
+    n = 2 * dataset.store.n_bytes
+    for free, kept, fits in [(n, 0, False), (n + 1, 0, True), (1, n - 1, False), (1, n, True)]:
+        with pretend_cuda(free, kept):
             assert dataset.fits_on(CUDA) == fits
+
+
+@pytest.mark.parametrize("command", ["train", "inference"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_command_chooses_its_gpu_and_one_precision(
+    command: str, tf32: bool, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is left once it has joined."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as PyTorch begins
+
+    class Joined(Exception):
+        pass
+
+    def join(*arguments: object) -> None:
+        assert join_ranks(*arguments) == torch.device("cuda:1")
+        raise Joined
+
+    module, folder = {"train": (train, "--res_dir"), "inference": (inference, "--weight_dir")}[command]
+    monkeypatch.setattr(module, "join_ranks", join)
+    monkeypatch.setattr("sys.argv", [command, folder, "x", "--device", "cuda:1", *["--tf32"] * tf32])
+    with pytest.raises(Joined):
+        module.main()
+    assert chosen == [torch.device("cuda:1")]
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
 
 
 @pytest.mark.parametrize("dates", DATES)
@@ -277,12 +316,6 @@ def test_the_host_seldom_waits_for_a_training_step(name: str, dates: str, folder
 # ------------------------------------------------------------------------------------- the imitation does not pass all
 
 
-@pytest.fixture
-def log() -> Iterator[Log]:
-    with pretend_cuda() as log:
-        yield log
-
-
 MIXED = {
     "add": lambda here, there: here + there,
     "reversed": lambda here, there: there + here,
@@ -309,6 +342,33 @@ def test_numbers_of_the_host_may_be_mixed_in(log: Log) -> None:
 
 
 CONVERTED = {"numpy": lambda x: x.numpy(), "asarray": np.asarray, "stack": lambda x: np.stack([x])[0]}
+
+
+VARYING = {
+    "cumsum": lambda x: x.cumsum(0),
+    "put": lambda x: x.put_(torch.arange(3, device="cuda"), x.clone()),
+    "loss of pictures": lambda x: nn.functional.nll_loss(x.view(1, 3, 1, 1), x.long().view(3, 1, 1)[:1] * 0),
+}
+
+
+@pytest.mark.parametrize("name", VARYING)
+def test_kernels_that_give_other_results_every_time_are_refused(name: str, log: Log) -> None:
+    x = torch.ones(3, device="cuda")
+    VARYING[name](x)
+    x.long().cumsum(0)
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(RuntimeError, match="deterministic"):
+        VARYING[name](x)
+    x.long().cumsum(0)
+
+
+def test_products_need_a_setting_to_be_deterministic(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3, 3, device="cuda")
+    torch.use_deterministic_algorithms(True)
+    x @ x
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(RuntimeError, match="CuBLAS"):
+        x @ x
 
 
 @pytest.mark.parametrize("name", CONVERTED)
