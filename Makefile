@@ -6,7 +6,7 @@ RES_DIR ?= results/simulated
 .PHONY: train test soak audit
 
 train: .venv/.installed
-	.venv/bin/python train.py --epochs 15 --batch_size 32 --res_dir $(RES_DIR) --overwrite $(OPTIONS)
+	.venv/bin/python train.py --epochs 15 --batch_size 32 --res_dir $(RES_DIR) $(if $(findstring --overwrite,$(OPTIONS)),,--resume) $(OPTIONS)
 
 # Two processes; each takes tests from the other's list when its own is empty.
 test: .venv/.everything

@@ -31,6 +31,7 @@ from learning.options import (
     DataShape,
     add_architecture_options,
     add_data_options,
+    check_sizes,
     resolve_architecture,
     resolve_data,
     typed_architecture,
@@ -101,6 +102,11 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.folds:
         args.kfold = len(read_splits(args.folds))
+    if not args.folds and args.kfold < 3:
+        raise UserError(
+            f"--kfold is {args.kfold}; at least 3 are needed, one part each for training, validation and test."
+        )
+    check_sizes(typed_architecture(args), read_preset(args.preset))
     if args.batch_size < 2:
         raise UserError(
             "--batch_size is 1; training needs at least 2 parcels per batch for its batch statistics."

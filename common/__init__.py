@@ -1,6 +1,26 @@
 """Ground floor: mistakes of the user, files, progress, flags, threads and processes."""
 
 import os
+import sys
+from pathlib import Path
+from types import TracebackType
+
+# A folder of the user's own that is called models, beside which a command was started, must not be taken for ours.
+_root = str(Path(__file__).resolve().parent.parent)
+if sys.path[0] != _root:
+    sys.path.insert(0, _root)
+
+
+def _say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ctrl-C while libraries are still imported is no fault of the program."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.excepthook is sys.__excepthook__:
+    sys.excepthook = _say_stopped
 
 # With it, products on a GPU are the same every time. cuBLAS reads this when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -1,5 +1,6 @@
 """Mistakes of the user, as opposed to faults of the program: one sentence, exit code 2."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +28,17 @@ def as_user_error(*kinds: type[Exception], prefix: str = "") -> Iterator[None]:
 def run_cli(main: Callable[[], None]) -> None:
     """Runs a script's main function; a UserError is printed as one sentence and ends it with exit code 2."""
     earlier = signal.signal(signal.SIGTERM, _raise_terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a path may have letters that the terminal does not
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)  # as a shell reports this
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

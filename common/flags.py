@@ -1,6 +1,7 @@
 """Readers of the command line: lists, numbers, days; and a parser whose mistakes end in one sentence."""
 
 import argparse
+import difflib
 import math
 import re
 from datetime import datetime
@@ -38,7 +39,9 @@ def parse_number(text: str) -> float:
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number (NaN means missing in any case)")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number; leave the flag out if there is none (NaN means missing in any case)"
+        )
     return value
 
 
@@ -116,4 +119,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str) -> None:
-        self.exit(2, f"error: {message}; --help lists all options.\n")
+        unknown = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message, flags=re.S)
+        close = difflib.get_close_matches(unknown[1], self._option_string_actions) if unknown else []
+        suggestion = f"; did you mean {close[0]}?" if close else ";"
+        self.exit(2, f"error: {message}{suggestion} --help lists all options.\n")

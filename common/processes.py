@@ -21,6 +21,7 @@ from common.machine import choose_device, prepare_device
 
 _PATIENCE = timedelta(days=2)  # with the first process, which packs a dataset while the others wait
 _SECONDS_TO_AGREE = 3
+_NO_ROOM = "a batch does not fit into memory; give a lower --batch_size or --npixel."
 
 _is_alone = False
 
@@ -161,7 +162,11 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
             if not is_main():
                 os._exit(1)
             raise
+        except MemoryError as error:
+            raise UserError(_NO_ROOM) from error
         except RuntimeError as error:
+            if any(words in str(error) for words in ("can't allocate memory", "out of memory")):
+                raise UserError(_NO_ROOM) from error
             if "DataLoader worker" in str(error):
                 raise UserError(
                     "a loading process ended before its time, perhaps for want of memory; give a lower --num_workers. "

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.errors import UserError, as_user_error
 from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
 from data.metadata import LabelsTable, choose_nomenclature, read_units
@@ -274,6 +276,23 @@ def check_typed(typed: dict[str, Any], positions: str, data: DataShape) -> None:
         )
 
 
+def check_sizes(typed: dict[str, Any], preset: dict[str, Any]) -> None:
+    """Looks for sizes that contradict each other whatever the data are, before these are read.
+
+    Raises:
+        UserError: naming them.
+    """
+    settings = {**default_settings(), **preset, **typed}
+    n_dates = typed.get("lms", 24)
+    data = DataShape(settings["mlp1"][0], n_dates, 0, settings["mlp4"][-1], range(n_dates))
+    sizes = {name: value for name, value in typed.items() if name not in ("input_dim", "num_classes", "lms")}
+    if "mlp2" in typed:  # how it has to start depends on the extra features of the data
+        pooled = len(settings["pooling"].split("_")) * settings["mlp1"][-1]
+        sizes["mlp2"] = [pooled, *typed["mlp2"][1:]]
+    with torch.device("meta"):
+        resolve_architecture(sizes, preset, data).build()
+
+
 def resolve_architecture(typed: dict[str, Any], preset: dict[str, Any], data: DataShape) -> Architecture:
     """The architecture, from what is typed, the data and a preset; see the head of this file.
 
@@ -281,6 +300,10 @@ def resolve_architecture(typed: dict[str, Any], preset: dict[str, Any], data: Da
         UserError: if a typed flag contradicts the data. Sizes that contradict each other are found by the model.
     """
     encoder = known_encoders()[chosen_encoder({**preset, **typed})]
+    every_size = {name for kind in known_encoders().values() for name in kind.sizes}
+    for name in typed:
+        if name in every_size and name not in encoder.sizes:
+            raise UserError(f"--{name} has no effect on {encoder.title}; leave it out.")
     sizes = {**default_settings(encoder.name), **preset, **typed}
     check_typed(typed, sizes["positions"], data)
 

@@ -115,8 +115,12 @@ def load_weights(model: nn.Module, state_dict: dict[str, torch.Tensor], source: 
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        table = "temporal_encoder.position_enc.weight"
+        hint = ""
+        if any(problem.startswith(f"{table} is (") for problem in problems):
+            hint = ", such as positions, the days of the dates since the first one"
         raise ValueError(
             f"{source} holds weights of another architecture ({'; '.join(problems[:3])}{more}); "
-            "give the hyperparameters it was trained with."
+            f"give the hyperparameters it was trained with{hint}."
         )
     model.load_state_dict(state_dict)

@@ -62,7 +62,9 @@ def write_report(res_dir: str | Path) -> Path:
         matrix=to_svg(plot_confusion(confusion, labels, "", run.class_names)) if matrices else None,
         calibration=_calibrate(_read_folds(res_dir, CALIBRATION)),
     )
-    write_bytes(res_dir / REPORT, page.encode())
+    write_bytes(
+        res_dir / REPORT, page.encode(errors="replace")
+    )  # a path may have letters of another encoding
     return res_dir / REPORT
 
 

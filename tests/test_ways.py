@@ -7,6 +7,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 import figure2
 import inference
 import train
+from common.processes import together
 from dataset import PixelSetData
 from learning.checkpoints import FoldProgress
 from learning.run import open_run
@@ -411,3 +414,81 @@ def test_wrong_tables_in_one_sentence(
         run_command(train.main, command, monkeypatch)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
+
+
+# -------------------------------------------------------------------------------------- mistakes, before data are read
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--tae --gru", ["--tae", "--gru"]),
+        ("--kfold 2", ["--kfold is 2", "3"]),
+        ("--mlp3 [100,128] --d_model 256", ["100", "256"]),
+        ("--gru --n_head 3", ["--n_head", "GRU"]),
+        ("--tcnn --mlp3 [64] --mlp4 [32,3]", ["32", "64"]),
+        ("--epoch 3", ["--epoch", "--epochs?"]),
+        ("--nodata none", ["'none'", "NaN"]),
+        ("--pooling mean_middle", ["'middle'"]),
+    ],
+)
+def test_mistakes_are_found_before_data_are_read(
+    flags: str,
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    command = f"--dataset_folder {tmp_path / 'nowhere'} --res_dir {tmp_path / 'res'} {flags}"
+    with pytest.raises(SystemExit) as end:
+        run_command(train.main, command, monkeypatch)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and all(word in error for word in words)
+    assert "nowhere" not in error and not (tmp_path / "res").exists()
+
+
+@pytest.mark.parametrize("flags", ["--mlp3 128", "--mlp3 [128]", "--mlp3 128,128"])
+def test_lists_may_be_typed_without_brackets(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", *flags.split()])
+    assert train.parse_args().mlp3 == [int(word) for word in re.findall(r"\d+", flags.split()[1])]
+
+
+def run_script(words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = f"{shlex.quote(sys.executable)} {words}"
+    return subprocess.run(
+        command,
+        shell=True,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=600,
+    )
+
+
+def test_scripts_run_from_anywhere_beside_folders_of_the_same_names(dataset: Path, tmp_path: Path) -> None:
+    for name in ("models", "data", "common", "learning"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('somebody else’s')\n")
+    script, locale = ROOT / "train.py", {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    place = tmp_path / "Flächen"
+    shutil.copytree(dataset, place)
+    done = run_script(
+        f"{script} --dataset_folder {place} --res_dir {tmp_path / 'rés'} --kfold 3 --epochs 1 --device cpu",
+        tmp_path,
+        **locale,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rés" / "overall.json").exists() and "Traceback" not in done.stderr
+    done = run_script(f"{script} --help | head -1", tmp_path)
+    assert done.stdout.startswith("usage:") and done.stderr == ""
+
+
+def test_a_batch_that_does_not_fit_is_one_sentence(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    command = f"--dataset_folder {dataset} --res_dir {tmp_path} --kfold 3 --epochs 1 --npixel 1000000000000"
+    with pytest.raises(SystemExit) as end:
+        run_command(together(train.main), command, monkeypatch)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "--npixel" in error and error.count("\n") == 1
