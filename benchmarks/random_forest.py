@@ -14,8 +14,8 @@ from common.flags import Parser, natural, parse_labels, positive
 from common.progress import progress_bar
 from data.folds import fold_splits
 from data.metadata import choose_nomenclature, read_nomenclature
+from data.packing import check_folder, list_parcels
 from data.settings import LABELS, DataSettings
-from data.store import check_folder, list_parcels
 from dataset import PixelSetData
 from learning.metrics import accuracy, mean_iou
 from learning.options import choose_classes
@@ -39,7 +39,7 @@ def main() -> None:
     nomenclature = read_nomenclature(folder, labels)
     present = {nomenclature.get(str(parcel)) for parcel in list_parcels(folder)} - {None}
     classes = choose_classes(list(present), args.sub_classes)
-    settings = DataSettings(labels, tuple(classes), npixel=1, n_extra=0)
+    settings = DataSettings(labels=labels, classes=tuple(classes), npixel=1, n_extra=0)
     dataset = PixelSetData.for_run(folder, settings, cache_dir=args.cache_dir)
     if dataset.varying:
         raise UserError(f"dates of {folder} vary, or have gaps; the forest needs dates that parcels share.")
