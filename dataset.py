@@ -270,11 +270,7 @@ class PixelSetData(Dataset):
 
     def fits_on(self, device: torch.device) -> bool:
         """Whether the pixels take at most half of the memory that is free on a CUDA device, and can be used there."""
-        return (
-            device.type == "cuda"
-            and not self.varying
-            and 2 * self.store.n_bytes < free_memory(device)
-        )
+        return device.type == "cuda" and not self.varying and 2 * self.store.n_bytes < free_memory(device)
 
     def to(self, device: torch.device) -> "PixelSetData":
         """The same parcels, and draws, with all they need on a device, where batches are then prepared."""

@@ -54,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = Parser(description="Makes a dataset folder from satellite images and parcel outlines.")
     add = parser.add_argument_group("input and output").add_argument
-    images = "folder, glob pattern in quotes, or STAC item collection; names contain dates"
+    images = "folder, such as one of .SAFE products, glob pattern in quotes, or STAC item collection; names contain dates"
     add("--images", required=True, nargs="+", action=_Pattern, help=images)
     add("--parcels", required=True, help="file with the outlines, in any vector format")
     add("--output", required=True, help="dataset folder to write, new or empty")
@@ -80,6 +80,12 @@ def parse_args() -> argparse.Namespace:
     added = "number that is added to all values before, and the first day of the images that it holds for (default: all); "
     added += "without it, what the files and their names tell"
     add("--offset", type=finite, nargs="+", metavar=("NUMBER", "YYYYMMDD"), help=added)
+    size = (
+        "size of the pixels that bands are read in, such as 10; without it, that of the finest band asked for"
+    )
+    add("--resolution", type=_size, help=size)
+    resample = "how bands with other pixels are read"
+    add("--resampling", choices=("nearest", "bilinear"), default="nearest", help=resample)
     same = "what becomes of images of one date and place: a pixel of the first, by name, that sees it, their mean, or both"
     add(
         "--same_date",
@@ -90,6 +96,12 @@ def parse_args() -> argparse.Namespace:
     add("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
     add("--scheduler", help="address of a Dask scheduler whose workers read the images")
     return parser.parse_args()
+
+
+def _size(text: str) -> float:
+    if finite(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return float(text)
 
 
 def _gigabytes(text: str) -> float:
@@ -120,7 +132,7 @@ def main() -> None:
         from preprocessing.images.outlines import read_parcels
         from preprocessing.images.scenes import find_images
         from preprocessing.images.units import choose_units
-    images, bands = find_images(args.images, args.bands, args.cloud_mask)
+    images, bands = find_images(args.images, args.bands, args.cloud_mask, args.resolution)
     images, unit, assumed = choose_units(images, args.scale, args.offset)
     grids = place_images(images, args.same_date)
     units = {"units": unit, "offsets": assumed}
@@ -172,7 +184,14 @@ def _prepare(
     from preprocessing.images.workers import open_workers
 
     images = [image for grid in grids for image in grid.images]
-    reading = choose_reading(images, args.nodata, args.clear or (), args.scale, args.same_date == "mean")
+    reading = choose_reading(
+        images,
+        args.nodata,
+        clear=tuple(args.clear or ()),
+        scale=args.scale,
+        averages=args.same_date == "mean",
+        resampling=args.resampling,
+    )
     check_overlap(parcels.table, grids, args.parcels)
     memory = int(args.memory * 1e9)
     with open_workers(args.scheduler, read_pixels, images[0].bands[0].path) as workers:

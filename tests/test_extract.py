@@ -85,7 +85,7 @@ def test_what_a_type_can_hold(value, dtype, expected):
 )
 def test_type_and_missing_value_of_the_output(tmp_path, dtype, tag, nodata, scale, expected):
     image = one_image(tmp_path / "20170103.tif", random_values(0).astype(dtype), nodata=tag)
-    reading = choose_reading([image], nodata, (), scale)
+    reading = choose_reading([image], nodata, scale=scale)
     np.testing.assert_equal((reading.dtype.name, reading.fill), expected)
 
 

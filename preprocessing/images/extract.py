@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
+from rasterio.enums import MaskFlags, Resampling
 from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
+from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window
 
 from common.errors import UserError
@@ -29,6 +32,7 @@ class Reading(NamedTuple):
         clear: values of the cloud mask where the ground is seen.
         scale: factor; None leaves values as they are.
         averages: whether a pixel that several images of one date see is their mean, not that of the first.
+        resampling: "nearest" or "bilinear", of bands with other pixels than the image is read in.
     """
 
     dtype: np.dtype
@@ -37,6 +41,7 @@ class Reading(NamedTuple):
     clear: tuple[int, ...] = ()
     scale: float | None = None
     averages: bool = False
+    resampling: str = "nearest"
 
     def convert(self, values: np.ndarray, offset: float) -> np.ndarray:
         """Stored numbers with the image's offset added and scaled; whole ones are cut off where the type ends."""
@@ -50,28 +55,22 @@ class Reading(NamedTuple):
         return np.clip(values.astype(np.int64) + int(offset), low, high)
 
 
-def choose_reading(
-    images: Sequence[Image],
-    nodata: float | None,
-    clear: Sequence[int],
-    scale: float | None,
-    averages: bool = False,
-) -> Reading:
-    """Type and missing value of the output.
+def choose_reading(images: Sequence[Image], nodata: float | None, **options: Any) -> Reading:
+    """Type and missing value of the output; `options` are other attributes of `Reading`.
 
     Whole numbers keep their type; their missing pixels get `nodata`, else the value the first image names, else the
     largest of an unsigned or the smallest of a signed type. Floating point, as with `scale`, gets NaN.
     """
     dtype = np.result_type(*{source.dtype for image in images for source in image.bands})
-    if scale is not None or not all(image.units.offset.is_integer() for image in images):
+    if options.get("scale") is not None or not all(image.units.offset.is_integer() for image in images):
         dtype = np.dtype(np.float32)
     if dtype.kind == "f":
-        return Reading(dtype, np.nan, nodata, tuple(clear), scale, averages)
+        return Reading(dtype, np.nan, nodata, **options)
     limits = np.iinfo(dtype)
     wanted = images[0].bands[0].nodata if nodata is None else nodata
     if not fits(wanted, dtype):
         wanted = limits.max if dtype.kind == "u" else limits.min
-    return Reading(dtype, int(wanted), nodata, tuple(clear), scale, averages)
+    return Reading(dtype, int(wanted), nodata, **options)
 
 
 def fits(value: float | None, dtype: np.dtype) -> bool:
@@ -110,9 +109,9 @@ def read_pixels(
         for path in dict.fromkeys(source.path for source in image.bands):
             places = [i for i, source in enumerate(image.bands) if source.path == path]
             bands = [image.bands[i].band for i in places]
-            with rasterio.open(path) as file:
+            with rasterio.open(path) as raw, _on_grid(raw, image, reading) as file:
                 found = file.read(bands, window=window)[:, rows, columns]
-                if any(set(file.mask_flag_enums[band - 1]) - _PLAIN_MASKS for band in bands):
+                if any(set(raw.mask_flag_enums[band - 1]) - _PLAIN_MASKS for band in bands):
                     seen &= (file.read_masks(bands, window=window)[:, rows, columns] > 0).all(0)
             for band, channel in zip(bands, found):
                 for missing in {read_header(path).nodata[band - 1], reading.nodata}:
@@ -129,7 +128,19 @@ def read_pixels(
     return values, seen
 
 
-_PLAIN_MASKS = {rasterio.enums.MaskFlags.all_valid, rasterio.enums.MaskFlags.nodata}
+_PLAIN_MASKS = {MaskFlags.all_valid, MaskFlags.nodata}
+
+
+def _on_grid(file: DatasetReader, image: Image, reading: Reading) -> DatasetReader | WarpedVRT:
+    """A file as it is, or as if its pixels were those that the image is read in."""
+    grid = image.header
+    if read_header(file.name).is_same_grid(grid):
+        return file
+    nodata = reading.nodata if file.nodata is None else file.nodata
+    place = {"crs": file.crs, "transform": grid.transform, "height": grid.height, "width": grid.width}
+    return WarpedVRT(
+        file, **place, resampling=Resampling[reading.resampling], src_nodata=nodata, nodata=nodata
+    )
 
 
 def _read_mask(

@@ -84,7 +84,7 @@ def place_images(images: Sequence[Image], same_date: str | None = None) -> list[
         if not np.allclose(size, expected, rtol=1e-6):
             raise UserError(
                 f"{image.bands[0].path} has pixels of {size[0]:g} x {size[1]:g}, {first.bands[0].path} of "
-                f"{expected[0]:g} x {expected[1]:g}; resample them to one resolution with gdalwarp -tr."
+                f"{expected[0]:g} x {expected[1]:g}; choose one with --resolution."
             )
         by_crs.setdefault(_name(image.header.crs), []).append(image)
     grids = [_mosaic(members) for members in by_crs.values()]

@@ -5,6 +5,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import rasterio
 from rasterio.crs import CRS
 from rasterio.errors import RasterioError
@@ -29,6 +30,28 @@ class Header(NamedTuple):
     dtypes: tuple[str, ...]
     nodata: tuple[float | None, ...]
     scaled: tuple[tuple[float, float], ...]  # scale and offset of the bands; 1 and 0 where none are named
+
+    @property
+    def size(self) -> float:
+        """Width of a pixel, in the coordinate system's units."""
+        return self.transform.a
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """Left, top, right, bottom."""
+        return np.array([*(self.transform @ (0, 0)), *(self.transform @ (self.width, self.height))])
+
+    def is_same_grid(self, other: "Header") -> bool:
+        """Whether pixels coincide."""
+        return self[:4] == other[:4]
+
+    def resampled(self, size: float) -> "Header":
+        """The same ground in pixels of another size, read in blocks that suit any file."""
+        left, top, right, bottom = self.bounds
+        height, width = (max(1, round(length / size)) for length in (top - bottom, right - left))
+        return self._replace(
+            transform=Affine(size, 0, left, 0, -size, top), height=height, width=width, block=(512, 512)
+        )
 
 
 class Source(NamedTuple):
@@ -60,7 +83,7 @@ class Scene(NamedTuple):
 
     name: str
     date: int  # YYYYMMDD
-    bands: dict[str, Source]
+    bands: dict[str, list[Source]]  # in one or several resolutions
     facts: Facts = Facts()
 
 

@@ -15,15 +15,18 @@ from preprocessing.images.units import Facts, Units, find_units
 
 _BAND = re.compile(r"(?<![A-Za-z0-9])B\d{1,2}A?(?![A-Za-z0-9])")  # as Sentinel-2 and Landsat name theirs
 _OFFSET_PROPERTIES = "s2:processing_baseline", "earthsearch:boa_offset_applied"  # of STAC items
+_RESOLUTION = re.compile(r"(?<![A-Za-z0-9])R?[1-9]0m(?![A-Za-z0-9])")  # as in _10m.jp2 and /R10m/
+_NO_REFLECTANCE = {"AOT", "WVP", "SCL", "TCI"}  # of a Sentinel-2 product
 _OTHER_ROLES = {"thumbnail", "overview", "visual", "metadata"}  # of assets that are no bands
 When = tuple[int, int]  # date, YYYYMMDD, and place among the images of this date that are kept apart
 
 
 class Image(NamedTuple):
-    """The bands of one acquisition that are wanted, and its cloud mask; all bands share one pixel grid."""
+    """The bands of one acquisition that are wanted, and its cloud mask; `header` is the grid that they are read on."""
 
     name: str
     date: int  # YYYYMMDD
+    header: Header
     bands: tuple[Source, ...]
     mask: Source | None
     units: Units = Units()
@@ -34,23 +37,22 @@ class Image(NamedTuple):
         """Date and place; images that share both are one mosaic."""
         return self.date, self.place
 
-    @property
-    def header(self) -> Header:
-        """Of the first band's file."""
-        return read_header(self.bands[0].path)
-
 
 def find_images(
-    pattern: str, bands: Sequence[str] | None = None, cloud_mask: str | None = None
+    pattern: str,
+    bands: Sequence[str] | None = None,
+    cloud_mask: str | None = None,
+    resolution: float | None = None,
 ) -> tuple[list[Image], list[str]]:
     """Finds all images and their dates.
 
     Args:
-        pattern: folder (searched with its subfolders), glob pattern, or STAC item collection (.json).
+        pattern: folder (searched with its subfolders, such as Sentinel-2's .SAFE), glob pattern, or STAC item collection (.json).
         bands: names of the bands to take, in this order; None takes all that the first image has. A band is named by
             its description in a file of several bands (or its number, from 1), by a part of the name of a file with
             one band, and by its key among the assets of a STAC item.
         cloud_mask: name of a band, or pattern of files with one such file for every image.
+        resolution: size of the pixels that bands are read in; None for that of the finest one.
 
     Returns:
         Images ordered by date and name, and names of their bands.
@@ -66,20 +68,32 @@ def find_images(
         scenes = _group_files(_list_files(pattern, masks or ()), known)
     scenes.sort(key=lambda scene: (scene.date, scene.name))
     mask_band = cloud_mask if masks is None else None
-    names = list(bands or (name for name in scenes[0].bands if name != mask_band))
-    return [_choose(scene, names, bands is None, mask_band, masks) for scene in scenes], names
+    names = list(bands or _reflectances(scenes[0], mask_band))
+    chosen = [_choose(scene, names, mask_band, resolution) for scene in scenes]
+    if not bands:
+        for scene in scenes:
+            if extra := set(_reflectances(scene, mask_band)) - set(names):
+                raise UserError(
+                    f"image {scene.name} has the band {min(extra)!r}, which the first image lacks; "
+                    "name with --bands what all images have."
+                )
+    if masks is not None:
+        chosen = [image._replace(mask=_match_mask(image, masks)) for image in chosen]
+    return chosen, names
+
+
+def _reflectances(scene: Scene, mask_band: str | None) -> list[str]:
+    """All bands but the mask and what a Sentinel-2 product holds beside reflectances."""
+    others = {mask_band} | (_NO_REFLECTANCE if ".SAFE" in scene.name else set())
+    return [name for name in scene.bands if name not in others]
 
 
 def _list_files(pattern: str, others: Iterable[str]) -> list[str]:
     """Raster files in a folder or matching a pattern, in order."""
     path = Path(pattern)
-    files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    found = {
-        os.path.abspath(file)
-        for file in files
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    }
-    found -= set(others)
+    matches = [path] if path.is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    files = (file for match in matches for file in (match.rglob("*") if match.is_dir() else [match]))
+    found = {os.path.abspath(file) for file in files if _may_be_image(file)} - set(others)
     if not found:
         raise UserError(
             f"{pattern} contains no images; expected a folder, a glob pattern in quotes or a STAC item collection "
@@ -88,13 +102,24 @@ def _list_files(pattern: str, others: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
+def _may_be_image(file: Path) -> bool:
+    """Whether a file is a raster; of a Sentinel-2 product only its bands are, no quality masks and previews."""
+    in_product = any(part.endswith(".SAFE") for part in file.parts)
+    wanted = not in_product or ("IMG_DATA" in file.parts and "_TCI" not in file.name)
+    return wanted and file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+
+
 def _find_masks(cloud_mask: str | None, images: str) -> dict[str, int] | None:
     """Dates of the cloud masks' files by path; None if `cloud_mask` is the name of a band or there is none."""
     if cloud_mask is None or not (set(cloud_mask) & set("*?/[") or cloud_mask.lower().endswith(SUFFIXES)):
         return None
     files = glob.glob(cloud_mask, recursive=True)
-    if not files and Path(images).is_dir() and not Path(cloud_mask).is_absolute():
-        files = Path(images).rglob(cloud_mask)
+    if not files:  # beside the images
+        parts = Path(images).parts
+        fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+        folder = Path(*parts[:fixed])
+        folder = folder if folder.is_dir() else folder.parent
+        files = glob.glob(os.path.join(glob.escape(str(folder)), "**", cloud_mask), recursive=True)
     paths = sorted(map(os.path.abspath, files))
     if not paths:
         raise UserError(
@@ -104,7 +129,10 @@ def _find_masks(cloud_mask: str | None, images: str) -> dict[str, int] | None:
 
 
 def _group_files(paths: list[str], known: Sequence[str]) -> list[Scene]:
-    """One scene per file of several bands; files of one band are one scene where only the band differs in the name."""
+    """One scene per file of several bands.
+
+    Files of one band are one scene where only band and resolution, such as _10m or R10m, differ in their paths.
+    """
     scenes: dict[str, Scene] = {}
     for path in progress_bar(paths, "reading headers", "files"):
         stem, header = Path(path).stem, read_header(path)
@@ -114,24 +142,28 @@ def _group_files(paths: list[str], known: Sequence[str]) -> list[Scene]:
             start, stop = _band_in_name(stem, known)
             key, found = f"{stem[:start]}*{stem[stop:]}", {stem[start:stop]: Source(path, 1)}
         key = os.path.join(os.path.dirname(path), key)
-        scene = scenes.setdefault(key, Scene(key, date, {}))
+        if len(header.names) == 1:
+            key = _RESOLUTION.sub("*", key)
+        product = next((str(folder) for folder in Path(path).parents if folder.suffix == ".SAFE"), None)
+        scene = scenes.setdefault(key, Scene(product or key, date, {}))
         for name, source in found.items():
-            if name in scene.bands:
-                raise UserError(
-                    f"{scene.bands[name].path} and {path} are both band {name!r} of one image; remove one of them."
-                )
-            scene.bands[name] = source
+            for other, _, _ in scene.bands.setdefault(name, []):
+                if read_header(other).size == header.size:
+                    raise UserError(
+                        f"{other} and {path} are both band {name!r} of one image; remove one of them."
+                    )
+            scene.bands[name].append(source)
     return list(scenes.values())
 
 
 def _band_in_name(stem: str, known: Sequence[str]) -> tuple[int, int]:
-    """Where a file's name names its band: a band asked for, else a common name, else the last word but the date."""
+    """Where a file's name names its band: a band asked for, else a common name, else the last word but date and resolution."""
     for band in sorted(known, key=len, reverse=True):
         if match := re.search(rf"(?<![A-Za-z0-9]){re.escape(band)}(?![A-Za-z0-9])", stem):
             return match.span()
     if match := _BAND.search(stem):
         return match.span()
-    dates = [match.span() for match in DATE.finditer(stem)]
+    dates = [match.span() for pattern in (DATE, _RESOLUTION) for match in pattern.finditer(stem)]
     words = [match.span() for match in re.finditer(r"[^_.\s]+", stem)]
     words = [
         (start, stop)
@@ -158,7 +190,9 @@ def _read_stac(path: Path) -> list[Scene]:
             scene = Scene(f"{name} of {path}", date, {}, Facts(baseline, applied))
             for key, asset in item["assets"].items():
                 if _OTHER_ROLES.isdisjoint({key, *asset.get("roles", ())}):
-                    scene.bands.update(_read_asset(key, asset, path))
+                    scene.bands.update(
+                        {name: [source] for name, source in _read_asset(key, asset, path).items()}
+                    )
             scenes.append(scene)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(
@@ -192,43 +226,55 @@ def _read_asset(key: str, asset: dict[str, Any], collection: Path) -> dict[str, 
     return found
 
 
-def _choose(
-    scene: Scene, names: Sequence[str], all_bands: bool, mask_band: str | None, masks: dict[str, int] | None
-) -> Image:
-    """The wanted bands of a scene, checked to share one grid, and its mask."""
+def _choose(scene: Scene, names: Sequence[str], mask_band: str | None, resolution: float | None) -> Image:
+    """The wanted bands of a scene, and the grid to read them on: that of the finest band, or of the resolution."""
 
-    def source(name: str) -> Source:
+    def sources(name: str) -> list[Source]:
         if name in scene.bands:
             return scene.bands[name]
         if name.isdigit() and 0 < int(name) <= len(scene.bands):
             return list(scene.bands.values())[int(name) - 1]
         raise UserError(
-            f"image {scene.name} has no band {name!r}; it has {', '.join(scene.bands)}. "
-            "Complete it, or name with --bands what all images have."
+            f"image {scene.name} has no band {name!r}; it has {', '.join(scene.bands)}. {_why_missing(scene, name)}"
         )
 
-    image = Image(
-        scene.name,
-        scene.date,
-        tuple(source(name) for name in names),
-        source(mask_band) if mask_band else None,
+    def size(source: Source) -> float:
+        return read_header(source.path).size
+
+    wanted = [sources(name) for name in names]
+    aim = resolution or min(size(source) for each in wanted for source in each)
+    # As made for this resolution, else from the pixels that are finer by least, else from the finest there are.
+    bands = tuple(
+        min(each, key=lambda source: (size(source) > aim, abs(size(source) - aim))) for each in wanted
     )
-    extra = set(scene.bands) - set(names) - {mask_band}
-    if all_bands and extra:
-        raise UserError(
-            f"image {scene.name} has the band {min(extra)!r}, which the first image lacks; "
-            "name with --bands what all images have."
-        )
-    first = image.header
-    for path in {band.path for band in image.bands}:
-        header = read_header(path)
-        if header[:4] != first[:4]:
+    headers = {source.path: read_header(source.path) for source in bands}
+    grid = next((header for header in headers.values() if header.size == aim), None)
+    grid = grid or min(headers.values(), key=lambda header: header.size).resampled(aim)
+    for path, header in headers.items():
+        if (
+            header.crs != grid.crs
+            or (abs(header.bounds - grid.bounds) > max(header.size, grid.size) / 2).any()
+        ):
             raise UserError(
-                f"{path} and {image.bands[0].path} are bands of one image but differ in resolution, size or place; "
+                f"{path} and {bands[0].path} are bands of one image but differ in coordinate system, size or place; "
                 "resample them to one grid with gdalwarp, or choose others with --bands."
             )
-    image = image._replace(units=find_units(scene.name, image.bands, scene.facts))
-    return image if masks is None else image._replace(mask=_match_mask(image, masks))
+    mask = min(sources(mask_band), key=size) if mask_band else None
+    return Image(scene.name, scene.date, grid, bands, mask, find_units(scene.name, bands, scene.facts))
+
+
+def _why_missing(scene: Scene, name: str) -> str:
+    """Why a band may be missing, and what to do."""
+    alike = {re.sub(r"^B0", "B", band): band for band in scene.bands}.get(re.sub(r"^B0", "B", name))
+    if alike:
+        return f"Name it {alike}."
+    if "MSIL1C" in scene.name and name in _NO_REFLECTANCE:
+        return f"Products of level 1C have no {name}; download level 2A."
+    if "MSIL2A" in scene.name and name == "B10":
+        return "Products of level 2A have no B10; leave it out, or download level 1C."
+    if ".SAFE" in scene.name:
+        return "The product lacks the file; it was not downloaded completely."
+    return "Complete it, or name with --bands what all images have."
 
 
 def _match_mask(image: Image, masks: dict[str, int]) -> Source:

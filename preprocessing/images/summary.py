@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from geopandas import GeoDataFrame
+from geopandas import GeoDataFrame, GeoSeries
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -103,20 +103,15 @@ def plot_prepared(
     locator = AutoDateLocator()
     coverage.xaxis.set_major_locator(locator)
     coverage.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    parts = []
+    outlines = to_ground(table)
+    frame_panel(panel, outlines.total_bounds)
+    add_scale(panel, outlines.total_bounds)
     for grid in grids:
         for place in grid.places:
             left, top = grid.transform @ (place.column, place.row)
             right, bottom = grid.transform @ (place.column + place.width, place.row + place.height)
-            parts.append(
-                GeoDataFrame(geometry=[box(left, bottom, right, top)], crs=grid.crs).to_crs(table.crs)
-            )
-    outlines = to_ground(table)
-    frame_panel(panel, outlines.total_bounds)
-    add_scale(panel, outlines.total_bounds)
-    for tile in parts:
-        for outline in tile.to_crs(outlines.crs).geometry:
-            panel.plot(*outline.exterior.xy, color="grey", linewidth=0.8)
+            edges = GeoSeries([box(left, bottom, right, top)], crs=grid.crs).to_crs(outlines.crs)
+            panel.plot(*edges.iloc[0].exterior.xy, color="grey", linewidth=0.8)
     colours = np.where(kept, PALETTE[2], PALETTE[1])
     if len(outlines) > _MOST_OUTLINES:
         centres = outlines.geometry.centroid.get_coordinates().to_numpy()
