@@ -1,5 +1,6 @@
 """Both sides of the benchmark compute the same, and what is measured is what the table says. README's tests run it."""
 
+import json
 import mmap
 import time
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import measure
+from benchmarks import measure, random_forest
 from benchmarks.__main__ import DATASETS, print_row
 from benchmarks.cases import DEFAULT, LARGEST, Cases, Setting, write_folder
 from common.machine import map_tensors
 from data.settings import DataSettings
+from tests.commands import run_command
 
 NPIXEL = 8  # parcels have up to twice as many
 WHOLE = DataSettings(npixel=2 * NPIXEL)  # no parcel is sampled
@@ -124,7 +126,9 @@ def test_datasets_are_what_the_table_says(folders: list[str]) -> None:
         setting = cases.setting
         assert setting.count_pairs("load") == setting.count_pairs("train") == int(loaded.sum())
         assert setting._replace(batch_size=7).count_pairs("step") == int(loaded[:7].sum())
-        present = (mask != 0).sum() / (loaded * cases.dataset.store.sizes[:100].clip(max=2 * NPIXEL)).sum()
+        sizes = json.loads(Path(folder, "META", "sizes.json").read_text())
+        of_parcels = torch.tensor([sizes[pid] for pid in cases.dataset.pid])
+        present = (mask != 0).sum() / (loaded * of_parcels).sum()
         assert gaps == bool(present < 0.99)
 
 
@@ -148,7 +152,7 @@ def test_time_is_that_of_one_run(measured) -> None:
         runs.append(time.sleep(0.01))
 
     assert 0.01 <= measure.run_time(measured(run), "run", 0.05)
-    assert 2 <= len(runs) <= 7  # one does not count
+    assert len(runs) >= 2  # one does not count
 
 
 def test_arithmetic_is_counted(measured) -> None:
@@ -170,6 +174,14 @@ def test_peak_memory_is_what_a_case_needs_for_a_moment(measured) -> None:
     assert 0.9 * size < needed < 1.5 * size  # the kernel counts pages in batches
     assert measure.peak_memory(measured(lambda: None), "run") < size / 4
     assert measure.read_memory("VmRSS", 2**30) == 0  # no such process
+
+
+def test_a_forest_needs_dates_that_parcels_share(
+    folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_command(random_forest.main, f"--dataset_folder {folders[2]}", monkeypatch)
+    assert stop.value.code == 2 and folders[2] in capsys.readouterr().err
 
 
 def test_ratios_are_how_many_times_as_long_the_others_take(capsys: pytest.CaptureFixture) -> None:
