@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
-from common.processes import is_main, join_ranks, main_first, together
+from common.processes import is_main, join_ranks, together
 from data.classes import read_class_names
 from data.metadata import LabelsTable, read_info
 from data.outlines import OUTLINES
@@ -117,8 +117,7 @@ def main() -> None:
     outlines = open_outlines(args, run)
     if args.attention and not run.architecture.kind.has_attention:
         raise UserError(f"--attention: {run.architecture.kind.title} has no attention; L-TAE and TAE do.")
-    with main_first():
-        dataset = open_dataset(args, run)
+    dataset = open_dataset(args, run)
     if outlines is not None:
         outlines = match_outlines(outlines, dataset.pid)
     run = replace(run, architecture=choose_architecture(args, run, dataset))
