@@ -13,11 +13,11 @@ import torch
 from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
-from common.processes import is_main, join_ranks, main_first, together
+from common.processes import is_main, join_ranks, together
 from data.classes import read_class_names
 from data.metadata import LabelsTable, read_info
 from data.outlines import OUTLINES
-from data.samplers import BatchSampler
+from data.samplers import BatchSampler, evaluation_batch
 from data.settings import EXTRA_FEATURE
 from dataset import UNKNOWN, PixelSetData, batch_loader, find_norm
 from learning.options import (
@@ -117,8 +117,7 @@ def main() -> None:
     outlines = open_outlines(args, run)
     if args.attention and not run.architecture.kind.has_attention:
         raise UserError(f"--attention: {run.architecture.kind.title} has no attention; L-TAE and TAE do.")
-    with main_first():
-        dataset = open_dataset(args, run)
+    dataset = open_dataset(args, run)
     if outlines is not None:
         outlines = match_outlines(outlines, dataset.pid)
     run = replace(run, architecture=choose_architecture(args, run, dataset))
@@ -133,12 +132,13 @@ def main() -> None:
     jury = run.jury(dataset, ensemble, args.fold, args.kfold)
     if dataset.fits_on(device):
         dataset = dataset.to(device)
+    batch_size = args.batch_size or evaluation_batch(dataset.device)
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {run.architecture.kind.classifier.__name__}, {len(jury.folds)} fold(s) of {args.weight_dir}, "
         f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}\n{describe_jury(jury, args.fold)}"
     )
-    batches = predict(jury, dataset, classes, args.batch_size, args.num_workers, device)
+    batches = predict(jury, dataset, classes, batch_size, args.num_workers, device)
     if not is_main():
         for _ in batches:
             pass
@@ -156,7 +156,7 @@ def main() -> None:
     if (predictions.targets != UNKNOWN).any():
         print(f"Suspects: {write_suspects(output / TABLE, output) if jury.is_known else NO_SUSPECTS}")
     if args.attention:
-        show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
+        show_attention(ensemble, dataset, predicted, classes, names, bands, args, batch_size, device, output)
     if outlines is not None:
         picture, heading = args.map and Path(args.map), describe_dataset(dataset)
         tested = [] if run.is_bare else list(read_confusions(run.folder, len(classes)).values())
@@ -283,12 +283,13 @@ def show_attention(
     names: dict[str, str],
     bands: tuple[int, int] | None,
     args: argparse.Namespace,
+    batch_size: int,
     device: torch.device,
     output: Path,
 ) -> None:
     """Writes the mean attention of each true class or, where no label is known, of each predicted one."""
     known = (dataset.target != UNKNOWN).any()
-    sampler = BatchSampler(range(len(dataset)), args.batch_size)
+    sampler = BatchSampler(range(len(dataset)), batch_size)
     loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device.type == "cuda")
     groups = dataset.target if known else predicted
     attention = mean_attention(ensemble, dataset, loader, groups, len(classes), bands, device)

@@ -16,7 +16,7 @@ import torch
 from common.errors import UserError, run_cli
 from common.flags import Parser, fraction, natural, non_negative, parse_month_day, positive, seed
 from common.machine import describe_device, keep_freed_memory
-from common.processes import is_main, join_ranks, main_first, n_ranks, together
+from common.processes import is_main, join_ranks, n_ranks, together
 from common.progress import Clock, format_time
 from data.classes import read_class_names
 from data.folds import describe_splits, fold_splits, read_folds, read_splits
@@ -127,8 +127,7 @@ def main() -> None:
             check_typed_settings(res_dir, args)
     processes = f", {n_ranks()} processes" if n_ranks() > 1 else ""
     print(f"Device: {describe_device(device)}{processes}")
-    with main_first():
-        dataset, settings, source = resolve_data(args, find_folder(args.dataset_folder))
+    dataset, settings, source = resolve_data(args, find_folder(args.dataset_folder))
     print(
         f"Data: {len(dataset)} parcels, {describe_dates(dataset)}, {dataset.n_channels} channels, "
         f"{dataset.n_extra} extra features, {len(settings.classes)} classes\nNormalisation: {source}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.machine import choose_device, prepare_device
 
-_PATIENCE = timedelta(days=2)  # with the first process, which packs a dataset while the others wait
+_PATIENCE = timedelta(minutes=10)  # with a process that may have been lost; a packing is not waited for here
 _SECONDS_TO_AGREE = 3
 _NO_ROOM = "a batch does not fit into memory; give a lower --batch_size or --npixel."
 
@@ -70,16 +70,6 @@ def rank() -> int:
 def is_main() -> bool:
     """Whether this process is the one that writes and prints."""
     return rank() == 0
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Lets the other processes in once the first one has come through."""
-    if not is_main():
-        dist.barrier()
-    yield
-    if n_ranks() > 1 and is_main():
-        dist.barrier()
 
 
 def share_bytes(make: Callable[[], bytes]) -> bytes:

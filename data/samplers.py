@@ -3,9 +3,25 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
 
 from common.processes import n_ranks, rank
+
+BATCH_SIZE = 128  # of the published training
+
+
+def evaluation_batch(device: torch.device, batch_size: int = BATCH_SIZE) -> int:
+    """Parcels per batch where nothing is learned; results do not depend on it.
+
+    A GPU that holds the pixels takes eight times as many as in training: a batch is then no longer computed before the
+    host has asked for all of it, and needs about as much memory as one whose activations are kept for the gradients.
+
+    Args:
+        device: where batches are prepared.
+        batch_size: of training.
+    """
+    return 8 * batch_size if device.type == "cuda" else batch_size
 
 
 class BatchSampler(Sampler[list[int]]):

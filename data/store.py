@@ -13,12 +13,14 @@ import copy
 import io
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from common.errors import UserError
@@ -128,7 +130,8 @@ class PixelStore:
         if self.n_dates is not None:
             self._rows = self._values.reshape(-1, self.n_dates * self.n_channels)
         self._on_device: Tensor | None = None
-        self.complete, self.observed = self._find_missing()
+        with _one_at_a_time(path / missing_file(nodata)):
+            self.complete, self.observed = self._find_missing()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that does not fork opens the file; a copy of its content would be sent to it otherwise.
@@ -233,16 +236,33 @@ class PixelStore:
             per: "date", for two (L, C) where all parcels have equally many dates, or "channel" for two (C,).
         """
         cached = self.path / f"statistics-{per}-{_nodata_name(self.nodata)}.npz"
-        if not cached.exists():
-            moments = Moments(per)
-            for i in progress_bar(range(len(self.ids)), "mean and standard deviation", "parcels"):
-                values = self.parcel(i).transpose(1, 2, 0)
-                moments.add(values, None if self.complete[i] else find_missing(values, self.nodata, axis=1))
-            mean, std = moments.result()
-            _keep(cached, mean=mean, std=std)
-            return mean, std
+        with _one_at_a_time(cached):
+            if not cached.exists():
+                return self._compute_statistics(per, cached)
         with np.load(cached, allow_pickle=False) as arrays:
             return arrays["mean"], arrays["std"]
+
+    def _compute_statistics(self, per: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        moments = Moments(per)
+        for i in progress_bar(range(len(self.ids)), "mean and standard deviation", "parcels"):
+            values = self.parcel(i).transpose(1, 2, 0)
+            moments.add(values, None if self.complete[i] else find_missing(values, self.nodata, axis=1))
+        mean, std = moments.result()
+        _keep(path, mean=mean, std=std)
+        return mean, std
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Lets processes that want a file one after the other to it, until it is there: the first one makes it for all.
+
+    In the folder of somebody else, where none can be kept, each makes its own.
+    """
+    with ExitStack() as stack:
+        if not path.exists():
+            with suppress(OSError):
+                stack.enter_context(FileLock(path.with_name(".lock")))
+        yield
 
 
 class _Hold:

@@ -13,7 +13,7 @@ from common.processes import is_main, n_ranks, rank
 from common.progress import Clock, format_scores
 from data.draws import stream_key
 from data.folds import Split
-from data.samplers import BatchSampler, RankBatches
+from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import PixelSetData, batch_loader
 from learning.calibration import CALIBRATION, Calibration, Logits, fit_temperature
 from learning.checkpoints import FoldProgress, Log, finished_folds
@@ -108,9 +108,9 @@ def train_fold(
     optimizer = OPTIMIZERS[training.optimizer](model.parameters(), training.lr)
     criterion = LOSSES[training.loss](training.gamma)
     train, val, test = split
-    fixed = dataset.evaluation(seed)
+    fixed, n = dataset.evaluation(seed), evaluation_batch(dataset.device, batch_size)
     val_loader, test_loader = (
-        batch_loader(fixed, RankBatches(BatchSampler(part, batch_size), divide=False), workers, pinned)
+        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers, pinned)
         for part in (val, test)
     )
     progress = FoldProgress(folder, model, optimizer)

@@ -96,7 +96,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         help="value that, in all channels of a pixel, says that it is missing on a date, as NaN does; without it that of "
         "META/info.json",
     )
-    group.add_argument("--batch_size", type=positive, default=128, help="parcels per batch")
+    group.add_argument(
+        "--batch_size",
+        type=positive,
+        help="parcels per batch; without it inference takes 128, and 1024 where a GPU holds the pixels",
+    )
     group.add_argument(
         "--num_workers",
         type=natural,

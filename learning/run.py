@@ -14,6 +14,7 @@ from common.errors import UserError, as_user_error
 from common.files import read_json
 from data.folds import fold_splits
 from data.parts import PARTS, Parts, data_key, fingerprints
+from data.samplers import BATCH_SIZE, evaluation_batch
 from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
 from learning.calibration import read_temperature
@@ -51,7 +52,7 @@ class Training:
 
     kfold: int = 5
     epochs: int = 100
-    batch_size: int = 128
+    batch_size: int = BATCH_SIZE
     lr: float = 0.001
     gamma: float = 1.0
     loss: str = "focal"
@@ -196,7 +197,7 @@ class Run:
         dataset_folder: str | Path | None = None,
         fold: int | str | None = None,
         device: str | torch.device | None = None,
-        batch_size: int = 128,
+        batch_size: int | None = None,
         num_workers: int = 0,
     ) -> Predictions:
         """Classes of all parcels of a dataset, whose pixels are read and normalised as the run did.
@@ -205,7 +206,7 @@ class Run:
             dataset_folder: the dataset; the run's own if not given. Labels are optional there.
             fold: None for out of fold, "all" or a number as published; see `jury`.
             device: where to compute; without it on a GPU if there is one.
-            batch_size: parcels at a time.
+            batch_size: parcels at a time; without it 128, and 1,024 where a GPU holds the pixels.
             num_workers: most loading processes.
 
         Raises:
@@ -217,6 +218,7 @@ class Run:
         jury = self.jury(dataset, ensemble, fold)
         if dataset.fits_on(device):
             dataset = dataset.to(device)
+        batch_size = batch_size or evaluation_batch(dataset.device)
         return join(list(predict(jury, dataset, self.data.classes, batch_size, num_workers, device)))
 
 

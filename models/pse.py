@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import send
+from models.fast.moments import mean_std
 from models.fast.pooling import pool_mean_std
 from models.layers import mlp
 
@@ -94,16 +95,19 @@ class PixelSetEncoder(nn.Module):
         rows = None  # the dates that are there; computed by the host, which thereby knows how many there are
         if n_dates is not None:
             rows = send(np.flatnonzero(np.arange(L) < np.asarray(n_dates)[:, None]), pixels.device)
-        if self._can_fuse(pixels):
+        needs_gradient = pixels.requires_grad and torch.is_grad_enabled()
+        # Not where the pixels need a gradient (saliency maps), nor while the model is traced (export).
+        fast = self.statistics == ["mean", "std"] and not needs_gradient and not torch.compiler.is_compiling()
+        if fast and pixels.device.type == "cpu":
             sets = pool_mean_std(pixels, mask, self.mlp1, n_dates)
             features = [
                 x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows) for x in sets
             ]
         elif rows is None:
-            features = [x.flatten(0, 1) for x in self._pool(pixels, mask)]
+            features = [x.flatten(0, 1) for x in self._pool(pixels, mask, fast)]
         else:  # every date that is there as a parcel of one date
             parcel, date = rows // L, rows % L
-            sets = self._pool(pixels[parcel, date].unsqueeze(1), mask[parcel, date].unsqueeze(1))
+            sets = self._pool(pixels[parcel, date].unsqueeze(1), mask[parcel, date].unsqueeze(1), fast)
             features = [x.flatten(0, 1) for x in sets]
         if self.with_extra:
             extra = extra.to(pixels.dtype).flatten(0, 1)
@@ -113,24 +117,18 @@ class PixelSetEncoder(nn.Module):
             return encoded.view(B, L, -1)
         return encoded.new_zeros(B * L, encoded.shape[1]).index_copy(0, rows, encoded).view(B, L, -1)
 
-    def _can_fuse(self, pixels: Tensor) -> bool:
-        """Whether `fused.py` serves: on a CPU, for mean and std.
-
-        Not if the pixels need a gradient (saliency maps), nor while the model is traced (export).
-        """
-        needs_gradient = pixels.requires_grad and torch.is_grad_enabled()
-        plain = needs_gradient or torch.compiler.is_compiling()
-        return self.statistics == ["mean", "std"] and pixels.device.type == "cpu" and not plain
-
-    def _pool(self, pixels: Tensor, mask: Tensor) -> list[Tensor]:
-        """mlp1 and pooling in their plain form: (B, L, E) for each statistic."""
+    def _pool(self, pixels: Tensor, mask: Tensor, fast: bool = False) -> Sequence[Tensor]:
+        """mlp1 and pooling in their plain form, or with `mean_std`: (B, L, E) for each statistic."""
         B, L, C, S = pixels.shape
         # Rows in the order (parcel, pixel, date): a linear layer is then one matrix product, pooling one reduction.
         h = pixels.permute(0, 3, 1, 2).reshape(B * S * L, C)
         for layer in self.mlp1:
             h = layer(h)
         h = h.view(B, S, L, -1)
-        weight = mask.to(h.dtype).transpose(1, 2).unsqueeze(3)  # (B, S, L, 1)
+        mask = mask[:, :1] if mask.stride(1) == 0 else mask  # one for all dates, as the loader gives it
+        weight = mask.to(h.dtype).transpose(1, 2).unsqueeze(3)  # (B, S, L or 1, 1)
+        if fast:
+            return mean_std(h, weight)
         return [POOLING[name](h, weight) for name in self.statistics]
 
 
@@ -140,7 +138,7 @@ def split_input(input: PixelSet) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the pixels of x (B, S, L, E) where mask (B, S, L, 1) is 1: (B, L, E)."""
+    """Mean over the pixels of x (B, S, L, E) where mask (B, S, L or 1, 1) is 1: (B, L, E)."""
     return (x * mask).sum(1) / mask.sum(1)
 
 

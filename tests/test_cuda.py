@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader
 
 import inference
 import train
@@ -144,6 +145,21 @@ def test_training_gives_the_numbers_of_a_cpu(
         assert losses(res_dir) == pytest.approx(losses(case.cpu), rel=2e-4)
 
 
+@pytest.mark.parametrize("free, size", [(ROOM, 32), (0, 4)])
+def test_validation_takes_more_parcels_at_a_time_where_the_pixels_are(
+    free: int, size: int, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def look(model: nn.Module, criterion: nn.Module, loader: DataLoader, *args: object) -> None:
+        raise Seen(loader.sampler.batches.batch_size)
+
+    monkeypatch.setattr(crossvalidation, "evaluation", look)
+    with pytest.raises(Seen, match=f"^{size}$"):
+        train_on("cuda", folders["shared"], tmp_path / "res", "--batch_size 4", monkeypatch, free)
+
+
 def test_a_resumed_training_is_the_uninterrupted_one(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,18 +191,29 @@ def read_outputs(output: Path) -> list[np.ndarray]:
 def test_inference_and_attention_give_the_numbers_of_a_cpu(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = "--batch_size 4 --num_workers 0"
+    batch_sizes: set[int] = set()
+    init = BatchSampler.__init__
+
+    def note(self: BatchSampler, indices: Sequence[int], batch_size: int, *args: object) -> None:
+        batch_sizes.add(batch_size)
+        init(self, indices, batch_size, *args)
+
+    monkeypatch.setattr(BatchSampler, "__init__", note)
+    options = "--num_workers 0"
     if case.name in WITH_ATTENTION:
         options += " --attention --ndvi_bands 0 1"
     outputs = []
     for device, free in [("cpu", ROOM), *(("cuda", free) for free in DATES[case.dates])]:
         output = tmp_path / f"{device}_{free}"
         with pretend_cuda(free) if device == "cuda" else nullcontext() as log:
-            run_inference(case.folder, case.cpu, output, f"--device {device} {options}", monkeypatch)
+            few = "--batch_size 4" if device == "cpu" else ""
+            run_inference(case.folder, case.cpu, output, f"--device {device} {options} {few}", monkeypatch)
         if log is not None:
             has_room = case.dates == "shared" and free > 0
+            assert batch_sizes == {1024 if has_room else 128}
             assert any("PixelStore.to" in place for place in log.waits) == has_room
         outputs.append(read_outputs(output))
+        batch_sizes.clear()
     expected, *others = outputs
     assert len(expected) == (6 if case.name in WITH_ATTENTION else 1)
     assert np.isnan(expected[0][6]).any() == (case.dates == "varying")  # a parcel without observations

@@ -5,17 +5,23 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from torch import nn
 
 import inference
 import train
+from common import processes
 from common.arrays import load_arrays
 from common.processes import rank, together
+from data import packing
 from data.folds import fold_splits
+from data.store import PixelStore
 from learning import crossvalidation, predictions
 from learning.checkpoints import FoldProgress
 from learning.weight_init import freeze_idle_biases
@@ -176,6 +182,40 @@ def test_more_processes_than_parcels_of_a_batch(folders: dict[str, Path], tmp_pa
     pids = start_ranks(together(train.main), [*command, "--batch_size", "2"], tmp_path / "log", 3)
     assert [wait(pid) for pid in pids] == [2, 2, 2]
     assert "error: there are 3 processes for batches of 2 parcels" in (tmp_path / "log").read_text()
+
+
+def test_all_wait_for_one_that_packs_at_its_lock(tmp_path: Path) -> None:
+    """It packs once all have come there: did the others wait for it in a collective, it would wait for them."""
+    folder = write_folder(tmp_path / "data", n_parcels=41, dtype=np.float32)
+
+    class Lock(FileLock):
+        def acquire(self, *args: object, **kwargs: object) -> object:
+            if Path(self.lock_file).name == ".PACKED.lock":
+                (tmp_path / f"came {rank()}").touch()
+            return super().acquire(*args, **kwargs)
+
+    def pack(*args: object) -> None:
+        (tmp_path / f"packed {rank()}").touch()
+        end = time.monotonic() + PATIENCE / 2
+        while len(list(tmp_path.glob("came *"))) < 3:
+            assert time.monotonic() < end, "the others do not come to the lock"
+            time.sleep(0.01)
+        pack_folder(*args)
+
+    def compute(self: PixelStore, per: str, path: Path) -> object:
+        (tmp_path / f"mean {rank()}").touch()
+        return compute_statistics(self, per, path)
+
+    def main() -> None:
+        packing.FileLock, packing._pack, PixelStore._compute_statistics = Lock, pack, compute
+        train_first_fold()
+
+    pack_folder, compute_statistics = packing._pack, PixelStore._compute_statistics
+    command = ["--dataset_folder", folder, "--res_dir", tmp_path / "res", *OPTIONS]
+    run_ranks(main, command, tmp_path / "log", 3)
+    assert processes._PATIENCE <= timedelta(minutes=10)
+    for step in ("packed", "mean"):
+        assert len(list(tmp_path.glob(f"{step} *"))) == 1
 
 
 def torchrun(*command: object) -> subprocess.CompletedProcess:

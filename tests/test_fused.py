@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import pse
 from models.fast import pooling as fused
+from models.fast.moments import mean_std
 from models.pse import PixelSetEncoder
 
 EXACT = 1e-10  # float64, as a share of the largest entry
@@ -336,3 +338,51 @@ def test_a_third_of_the_memory_is_kept_for_the_backward_pass() -> None:
 
     encoder, batch = build((C, 32, 64)).train(), draw_batch(20, dates=24, slots=64)
     assert 3 * kept(run_fused) < kept(run_plain)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("per_date", [False, True])
+def test_mean_and_deviation_by_hand_are_the_plain_ones(
+    dtype: torch.dtype, error: float, per_date: bool
+) -> None:
+    """With a parcel of one pixel, one of equal pixels and a full one."""
+    pixels, mask = draw_batch(per_date=per_date, sizes=None if per_date else (1, 3, S, 2, 5, 7, 9))
+    x = pixels.to(dtype).permute(0, 3, 1, 2).contiguous()  # (B, S, L, C)
+    x[1] = x[1, 0]
+    weight = mask.to(dtype).transpose(1, 2).unsqueeze(3)
+    weight = weight if per_date else weight[:, :, :1]
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours, plain = (
+        mean_std(found, weight),
+        (pse.masked_mean(expected, weight), pse.masked_std(expected, weight)),
+    )
+    varies = (weight.sum(1) > 1).expand_as(ours[1]).clone()
+    varies[1] = False  # nothing but rounding errors
+    for a, b in zip(ours, plain):
+        torch.testing.assert_close(a[varies], b[varies], rtol=error, atol=error)
+    assert (ours[1][~varies] < 1e-6).all()
+    backward([ours[0], ours[1].where(varies, 0)])
+    backward([plain[0], plain[1].where(varies, 0)])
+    assert relative_error(found.grad, expected.grad) < error
+    assert (found.grad * (1 - weight) == 0).all()
+
+
+def test_what_does_not_vary_has_no_gradient_of_its_deviation() -> None:
+    for x in (torch.full((1, 3, 1, 2), 0.7), torch.randn(1, 3, 1, 2)):
+        x.requires_grad_()
+        weight = torch.ones(1, 3, 1, 1) if (x == x[:, :1]).all() else torch.eye(3)[0].view(1, 3, 1, 1)
+        mean_std(x, weight)[1].sum().backward()
+        assert (x.grad == 0).all()
+
+
+def test_the_encoder_with_it_is_the_plain_one() -> None:
+    for per_date in (False, True):
+        ours, batch = build(), draw_batch(per_date=per_date)
+        plain = copy.deepcopy(ours)
+        found, expected = list(ours._pool(*batch, fast=True)), run_plain(plain, batch)
+        for a, b in zip(found, expected, strict=True):
+            assert relative_error(a, b) < EXACT
+        backward(found)
+        backward(expected)
+        for p, q in zip(ours.mlp1[1].parameters(), plain.mlp1[1].parameters()):
+            assert (p.grad - q.grad).abs().max() < EXACT * plain.mlp1[1].bn.weight.grad.abs().max()
