@@ -20,6 +20,7 @@ from data.outlines import OUTLINES, read_own_ids
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE
 from dataset import UNKNOWN, PixelSetData, batch_loader, find_norm
+from learning.calibration import read_threshold
 from learning.options import (
     DataShape,
     add_architecture_options,
@@ -78,6 +79,13 @@ def parse_args() -> argparse.Namespace:
         help="predictions with a lower confidence are marked in the column doubt",
     )
     group.add_argument(
+        "--sets",
+        type=fraction,
+        metavar="SHARE",
+        help="also give each parcel the smallest set of classes that holds the true one for at least this share of "
+        "parcels, such as 0.9",
+    )
+    group.add_argument(
         "--parcels",
         help="vector file with the parcels' outlines: also writes predictions.gpkg and predictions.parquet",
     )
@@ -112,13 +120,18 @@ def main() -> None:
     keep_freed_memory()
     device = join_ranks(args.device, args.tf32)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
-        choose_folds(args.weight_dir, args.fold or "all")  # before the data are read, which can take long
+        folds = list(
+            choose_folds(args.weight_dir, args.fold or "all")
+        )  # before data are read: that takes long
     if args.export:
         if is_main():
             typed, preset = typed_architecture(args), read_preset(args.preset)
             print(export_run(Path(args.export), Path(args.weight_dir), args.fold or "all", typed, preset))
         return
     output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
+    thresholds = {}
+    if args.sets is not None:
+        thresholds = {k: read_threshold(Path(args.weight_dir) / f"Fold_{k}", args.sets) for k in folds}
     run = choose_run(args)
     classes = list(run.data.classes)
     outlines = open_outlines(args, run)
@@ -130,7 +143,7 @@ def main() -> None:
         outlines = match_outlines(outlines, dataset.pid)
     run = replace(run, architecture=choose_architecture(args, run, dataset))
     names = run.class_names or read_class_names(dataset.folder, run.data.labels)
-    telling = Telling(read_own_ids(dataset.folder), names, args.doubt)
+    telling = Telling(read_own_ids(dataset.folder), names, args.doubt, thresholds)
     if args.attention:
         channels = read_info(dataset.folder).get("bands") or []
         bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)

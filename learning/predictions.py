@@ -72,11 +72,13 @@ class Telling:
         own_ids: ids of the parcels in the file that they come from, by id; empty where those are the ids.
         names: of the classes by label as text; empty where there are none.
         doubt: predictions with a lower confidence are doubtful.
+        thresholds: by fold, see `learning.calibration.set_threshold`; empty for no sets of classes.
     """
 
     own_ids: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     doubt: float = 0.5
+    thresholds: Mapping[int, float] = field(default_factory=dict)
 
 
 class Predictions(NamedTuple):
@@ -134,7 +136,25 @@ class Predictions(NamedTuple):
                 columns[column] = [None if label is None else names.get(str(label), label) for label in of]
         doubtful = (self.confidence < self.telling.doubt).tolist()
         columns["doubt"] = [None if label is None else int(doubt) for label, doubt in zip(labels, doubtful)]
+        if self.telling.thresholds:
+            sets = self.sets
+            columns["set"] = [
+                None if label is None else "|".join(map(str, own)) for label, own in zip(labels, sets)
+            ]
         return columns
+
+    @property
+    def sets(self) -> list[list[int | str]]:
+        """The smallest set of labels that `telling.thresholds` allow for each parcel, the most probable first.
+
+        A fold that predicts by itself has its own threshold; where several do, the largest of theirs holds.
+        """
+        thresholds = self.telling.thresholds
+        largest = max(thresholds.values())
+        limits = [thresholds[fold] if fold else largest for fold in self.held_out.tolist()]
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
+        n = (1 - self.probabilities <= np.array(limits)[:, None]).sum(1).clip(min=1)  # never an empty one
+        return [[self.classes[k] for k in ranked[:size]] for ranked, size in zip(order.tolist(), n.tolist())]
 
 
 class Output(Protocol):
