@@ -1,7 +1,6 @@
 """Predictions in the words of who asked: ids and names of their own, doubts, areas."""
 
 import csv
-import json
 import sqlite3
 from pathlib import Path
 
@@ -96,25 +95,19 @@ def test_areas_without_outlines_and_of_parcels_never_observed(tmp_path: Path) ->
     )
     rows = list(read_rows(write_areas(predictions, None, tmp_path)))
     assert predictions.told["doubt"] == [0, 1, 0, None]
+    assert list(predictions.told) == ["true_name", "predicted_name", "doubt"]
+    assert list(predictions._replace(telling=Telling()).told) == ["doubt"]  # where nothing else is known
     assert [row["parcels"] for row in rows] == ["1", "2", "0", "1"]
     assert [row["label"] for row in rows] == ["1", "3", "9", ""]
     assert [row["share"] for row in rows] == ["0.333333", "0.666667", "0", ""]
     assert {row["hectares"] + row["share_of_hectares"] for row in rows} == {""}
 
 
-def test_nothing_is_added_where_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_folder(tmp_path / "set", n_parcels=15)
-    write_outlines(folder / "META" / "parcels.gpkg", range(1, 16))  # with ids that are whole numbers
-    weights = run_train(folder, tmp_path / "res", "--epochs 1", monkeypatch)
-    output = run_inference(folder, weights, tmp_path / "out", "", monkeypatch)
-    (row, *_) = read_rows(output / "predictions.csv")
-    assert list(row) == [*FIRST, "doubt", *(f"probability_{label}" for label in (1, 3, 9))]
-    assert json.loads((weights / "conf.json").read_text())["class_names"] == {}
-
-
 def test_own_ids_need_no_geographic_library(folder: Path, tmp_path: Path) -> None:
     assert read_own_ids(folder) == {str(i): f"A{i}" for i in range(1, 16)}
     assert read_own_ids(tmp_path) == {}
+    write_outlines(tmp_path / "whole" / "META" / "parcels.gpkg", range(3))  # ids that are whole numbers
+    assert read_own_ids(tmp_path / "whole") == {}
     path = tmp_path / "META" / "parcels.gpkg"
     path.parent.mkdir()
     path.touch()
