@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from common.errors import UserError, as_user_error, run_cli
-from common.flags import Parser, positive, seed
+from common.flags import Parser, fraction, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, together
 from data.classes import read_class_names
 from data.metadata import LabelsTable, read_info
-from data.outlines import OUTLINES
+from data.outlines import OUTLINES, read_own_ids
 from data.samplers import BatchSampler, evaluation_batch
 from data.settings import EXTRA_FEATURE
 from dataset import UNKNOWN, PixelSetData, batch_loader, find_norm
+from learning.calibration import read_threshold
 from learning.options import (
     DataShape,
     add_architecture_options,
@@ -28,7 +29,7 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.predictions import OUTPUTS, TABLE, Jury, describe_scores, predict, write_predictions
+from learning.predictions import OUTPUTS, TABLE, Jury, Telling, describe_scores, predict, write_predictions
 from learning.results import CONFIG, prepare_output, read_confusions
 from learning.run import Run, open_run, published_run
 from models.architecture import Architecture, read_preset
@@ -36,6 +37,7 @@ from models.ensemble import Ensemble
 from models.weights import choose_folds
 from preprocessing.parcels import read_outlines
 from preprocessing.simulate import embedded_dataset
+from reports.areas import write_areas
 from reports.attention import PICTURES, choose_bands, mean_attention, write_attention
 from reports.export import export_run
 from reports.maps import check_picture, describe_dataset, match_outlines, write_map
@@ -71,6 +73,19 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--rdm_seed", type=seed, default=1, help="seed of the folds that --kfold restores")
     group.add_argument("--output_dir", default="./output", help="where to write the predictions")
     group.add_argument(
+        "--doubt",
+        type=fraction,
+        default=0.5,
+        help="predictions with a lower confidence are marked in the column doubt",
+    )
+    group.add_argument(
+        "--sets",
+        type=fraction,
+        metavar="SHARE",
+        help="also give each parcel the smallest set of classes that holds the true one for at least this share of "
+        "parcels, such as 0.9",
+    )
+    group.add_argument(
         "--parcels",
         help="vector file with the parcels' outlines: also writes predictions.gpkg and predictions.parquet",
     )
@@ -105,13 +120,18 @@ def main() -> None:
     keep_freed_memory()
     device = join_ranks(args.device, args.tf32)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
-        choose_folds(args.weight_dir, args.fold or "all")  # before the data are read, which can take long
+        folds = list(
+            choose_folds(args.weight_dir, args.fold or "all")
+        )  # before data are read: that takes long
     if args.export:
         if is_main():
             typed, preset = typed_architecture(args), read_preset(args.preset)
             print(export_run(Path(args.export), Path(args.weight_dir), args.fold or "all", typed, preset))
         return
     output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
+    thresholds = {}
+    if args.sets is not None:
+        thresholds = {k: read_threshold(Path(args.weight_dir) / f"Fold_{k}", args.sets) for k in folds}
     run = choose_run(args)
     classes = list(run.data.classes)
     outlines = open_outlines(args, run)
@@ -121,9 +141,8 @@ def main() -> None:
     if outlines is not None:
         outlines = match_outlines(outlines, dataset.pid)
     run = replace(run, architecture=choose_architecture(args, run, dataset))
-    names = run.class_names
-    if not names and (args.attention or outlines is not None):
-        names = read_class_names(dataset.folder, run.data.labels)
+    names = run.class_names or read_class_names(dataset.folder, run.data.labels)
+    telling = Telling(read_own_ids(dataset.folder), names, args.doubt, thresholds)
     if args.attention:
         channels = read_info(dataset.folder).get("bands") or []
         bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)
@@ -138,7 +157,7 @@ def main() -> None:
         f"Model: {run.architecture.kind.classifier.__name__}, {len(jury.folds)} fold(s) of {args.weight_dir}, "
         f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}\n{describe_jury(jury, args.fold)}"
     )
-    batches = predict(jury, dataset, classes, batch_size, args.num_workers, device)
+    batches = predict(jury, dataset, classes, batch_size, args.num_workers, device, telling)
     if not is_main():
         for _ in batches:
             pass
@@ -150,6 +169,7 @@ def main() -> None:
             [
                 *describe_scores(predictions),
                 f"Predictions: {', '.join(str(output / name) for name in OUTPUTS)}",
+                f"Areas: {write_areas(predictions, outlines, output)}",
             ]
         )
     )
@@ -161,7 +181,7 @@ def main() -> None:
         picture, heading = args.map and Path(args.map), describe_dataset(dataset)
         tested = [] if run.is_bare else list(read_confusions(run.folder, len(classes)).values())
         confusion = sum(tested) if tested else None
-        written = write_map(outlines, output / TABLE, output, picture, names, heading, confusion)
+        written = write_map(outlines, output / TABLE, output, picture, heading, confusion)
         print(f"Map: {', '.join(map(str, written))}")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sqlite3
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +27,29 @@ def require_geo() -> None:
             raise UserError(
                 f"outlines of parcels need {name}, which is not installed; run pip install -r requirements-geo.txt."
             ) from error
+
+
+def read_own_ids(folder: Path) -> dict[str, str]:
+    """Ids of the parcels in the file that a dataset was prepared from, by id; none where those are its ids.
+
+    A GeoPackage is a database, which is read here without geographic libraries.
+
+    Args:
+        folder: dataset folder.
+
+    Raises:
+        UserError: if META/parcels.gpkg is damaged.
+    """
+    path = folder / "META" / OUTLINES
+    if not path.exists():
+        return {}
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as file:
+            if "parcel" not in {name for _, name, *_ in file.execute("PRAGMA table_info(parcels)")}:
+                return {}
+            return {str(number): str(own) for number, own in file.execute("SELECT id, parcel FROM parcels")}
+    except sqlite3.Error as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again, or remove it.") from error
 
 
 def to_ground(outlines: GeoDataFrame) -> GeoDataFrame:

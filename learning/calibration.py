@@ -1,21 +1,24 @@
 """Calibration: how often predictions made with a given confidence are right, and a temperature that makes it as often.
 
-Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. And sets of classes that hold the true one as often as is
+asked for: Angelopoulos and Bates, "A Gentle Introduction to Conformal Prediction", 2021.
 """
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from common.errors import UserError
 from common.files import read_json
-from common.processes import add_up
+from common.processes import add_up, gather_rows
 
-CALIBRATION = "calibration.json"  # in Fold_k of a results folder
+CALIBRATION, SCORES = "calibration.json", "validation_scores.npy"  # in Fold_k of a results folder
 N_BINS = 15
 _RANGE = 0.2, 5.0  # of a temperature: of few parcels, all of them right, the best one would be 0
 
@@ -76,6 +79,63 @@ def fit_temperature(part: Logits) -> float:
         return 1.0
     found = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4}).x)
     return min(max(found, _RANGE[0]), _RANGE[1])
+
+
+def validation_scores(part: Logits, temperature: float, most: int) -> np.ndarray:
+    """1 less the calibrated probability of the true class, in 0..1, of every parcel of a part, in increasing order, (n,).
+
+    Of several processes each has some of the parcels, and the first one alone gets them all.
+
+    Args:
+        part: what the model gives for the parcels.
+        temperature: of the model.
+        most: no process has more parcels.
+    """
+    scores = torch.empty(0, 1, dtype=torch.float64)
+    if part.logits:
+        p = (torch.cat(part.logits) / temperature).softmax(1)
+        scores = 1 - p.gather(1, torch.cat(part.targets).unsqueeze(1)).cpu()
+    return np.sort(np.concatenate([np.empty((0, 1)), *gather_rows(scores, most)])[:, 0])
+
+
+def set_threshold(scores: np.ndarray, coverage: float) -> float:
+    """The score up to which classes belong to a set, so that sets hold the true class as often as asked for.
+
+    That holds for parcels that are as the ones scored here, on average over all draws of these.
+
+    Args:
+        scores: of the true classes of n parcels, (n,).
+        coverage: share of the sets that are to hold the true class, 0 to 1.
+
+    Returns:
+        The score; 1, which lets all classes in, where n is too small for that share.
+    """
+    n = len(scores)
+    rank = math.ceil(round((n + 1) * coverage, 6))  # n + 1 counts the parcel to predict too
+    return float(np.quantile(scores, rank / n, method="higher")) if rank <= n else 1.0
+
+
+def read_threshold(fold_folder: Path, coverage: float) -> float:
+    """The same from the validation parcels of a fold.
+
+    Raises:
+        UserError: if their scores are missing or damaged.
+    """
+    path = fold_folder / SCORES
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there, which sets of classes are made from; train again, since older and published weights "
+            "have none, or leave --sets out."
+        )
+    try:
+        scores = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        if scores.ndim != 1 or scores.dtype.kind != "f" or not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError("expected numbers from 0 to 1")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); copy it again from the training, or leave --sets out."
+        ) from error
+    return set_threshold(scores, coverage)
 
 
 class Calibration:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import write_bytes, write_json
 from common.machine import count_workers, set_seeds
 from common.processes import is_main, n_ranks, rank
 from common.progress import Clock, format_scores
@@ -15,11 +15,18 @@ from data.draws import stream_key
 from data.folds import Split
 from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import PixelSetData, batch_loader
-from learning.calibration import CALIBRATION, Calibration, Logits, fit_temperature
+from learning.calibration import (
+    CALIBRATION,
+    SCORES,
+    Calibration,
+    Logits,
+    fit_temperature,
+    validation_scores,
+)
 from learning.checkpoints import FoldProgress, Log, finished_folds
 from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
 from learning.focal_loss import LOSSES
-from learning.results import fold_folder, save_test
+from learning.results import fold_folder, save_test, to_npy
 from learning.run import Run
 from learning.weight_init import freeze_idle_biases, weight_init
 from models.batchnorm import share_statistics
@@ -135,13 +142,16 @@ def train_fold(
     progress.load_best()
     validation = Logits()
     evaluation(model, criterion, val_loader, device, n_classes, "val", "calibration", validation.add)
-    calibration = Calibration(fit_temperature(validation), device)
+    temperature = fit_temperature(validation)
+    scores = validation_scores(validation, temperature, len(val))
+    calibration = Calibration(temperature, device)
     metrics, confusion = evaluation(
         model, criterion, test_loader, device, n_classes, "test", "test", calibration.add
     )
     summary = calibration.summary()
     if is_main():
         write_json(folder / CALIBRATION, summary)
+        write_bytes(folder / SCORES, to_npy(scores))
         save_test(folder, metrics, confusion)
     progress.close()
     print(

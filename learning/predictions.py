@@ -5,8 +5,8 @@ import csv
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -64,6 +64,23 @@ class Jury:
         return log_p.softmax(1), votes
 
 
+@dataclass(frozen=True)
+class Telling:
+    """How predictions are told to people.
+
+    Attributes:
+        own_ids: ids of the parcels in the file that they come from, by id; empty where those are the ids.
+        names: of the classes by label as text; empty where there are none.
+        doubt: predictions with a lower confidence are doubtful.
+        thresholds: by fold, see `learning.calibration.set_threshold`; empty for no sets of classes.
+    """
+
+    own_ids: Mapping[str, str] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    doubt: float = 0.5
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+
+
 class Predictions(NamedTuple):
     """Predictions for N parcels.
 
@@ -77,6 +94,7 @@ class Predictions(NamedTuple):
         held_out: number of the fold that predicted by itself, since it did not learn from the parcel, (N,); else 0.
         seen: whether folds learned from the parcel and none held it out, (N,).
         classes: label of each of the K classes.
+        telling: how they are told.
     """
 
     ids: list[str]
@@ -88,6 +106,7 @@ class Predictions(NamedTuple):
     held_out: np.ndarray
     seen: np.ndarray
     classes: Sequence[int | str]
+    telling: Telling = Telling()
 
     @property
     def labels(self) -> list[int | str | None]:
@@ -105,6 +124,37 @@ class Predictions(NamedTuple):
         return [
             "seen" if seen else str(fold or "all") for fold, seen in zip(self.held_out, self.seen.tolist())
         ]
+
+    @property
+    def told(self) -> dict[str, list[str | int | None]]:
+        """More columns of the table by name, as `telling` has it; None where something is not known of a parcel."""
+        names, labels, columns = self.telling.names, self.labels, {}
+        if self.telling.own_ids:
+            columns["parcel"] = [self.telling.own_ids.get(parcel) for parcel in self.ids]
+        if names:
+            for column, of in (("true_name", self.true_labels), ("predicted_name", labels)):
+                columns[column] = [None if label is None else names.get(str(label), label) for label in of]
+        doubtful = (self.confidence < self.telling.doubt).tolist()
+        columns["doubt"] = [None if label is None else int(doubt) for label, doubt in zip(labels, doubtful)]
+        if self.telling.thresholds:
+            sets = self.sets
+            columns["set"] = [
+                None if label is None else "|".join(map(str, own)) for label, own in zip(labels, sets)
+            ]
+        return columns
+
+    @property
+    def sets(self) -> list[list[int | str]]:
+        """The smallest set of labels that `telling.thresholds` allow for each parcel, the most probable first.
+
+        A fold that predicts by itself has its own threshold; where several do, the largest of theirs holds.
+        """
+        thresholds = self.telling.thresholds
+        largest = max(thresholds.values())
+        limits = [thresholds[fold] if fold else largest for fold in self.held_out.tolist()]
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")
+        n = (1 - self.probabilities <= np.array(limits)[:, None]).sum(1).clip(min=1)  # never an empty one
+        return [[self.classes[k] for k in ranked[:size]] for ranked, size in zip(order.tolist(), n.tolist())]
 
 
 class Output(Protocol):
@@ -125,24 +175,31 @@ class TableOutput:
     def __init__(self, file: BinaryIO, classes: Sequence[int | str]) -> None:
         self.text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         self.table = csv.writer(self.text)
-        header = ["id", "true_label", "predicted_label", "confidence", "agreement", "predicted_by"]
-        self.table.writerow(header + [f"probability_{code}" for code in classes])
+        self.is_begun = False
 
     def add(self, batch: Predictions) -> None:
         """Takes the next parcels; what is not known of one stays empty."""
+        told = batch.told
+        if not self.is_begun:
+            header = ["id", "true_label", "predicted_label", "confidence", "agreement", "predicted_by", *told]
+            self.table.writerow(header + [f"probability_{code}" for code in batch.classes])
+            self.is_begun = True
         numbers = np.column_stack([batch.confidence, batch.agreement, batch.probabilities]).tolist()
-        columns = batch.ids, batch.true_labels, batch.labels, batch.predicted_by, numbers
-        for parcel, true, label, by, (confidence, agreement, *probabilities) in zip(*columns):
-            told = [""] * (len(probabilities) + 2)
-            if label is not None:
-                told = [f"{number:.6g}" for number in (confidence, agreement, *probabilities)]
-            row = [parcel, "" if true is None else true, "" if label is None else label]
-            self.table.writerow([*row, *told[:2], by, *told[2:]])
+        columns = batch.ids, batch.true_labels, batch.labels, batch.predicted_by, numbers, zip(*told.values())
+        for parcel, true, label, by, values, more in zip(*columns):
+            values = [None if label is None else f"{number:.6g}" for number in values]
+            self.table.writerow([parcel, true, label, *values[:2], by, *more, *values[2:]])
 
     def close(self) -> None:
         """Hands over what is buffered."""
         self.text.flush()
         self.text.detach()
+
+
+def read_rows(table: Path) -> Iterator[dict[str, str]]:
+    """The lines of predictions.csv by column, as text."""
+    with open(table, newline="", encoding="utf-8") as file:
+        yield from csv.DictReader(file)
 
 
 class IndexOutput:
@@ -175,6 +232,7 @@ def predict(
     batch_size: int,
     num_workers: int,
     device: torch.device,
+    telling: Telling = Telling(),
 ) -> Iterator[Predictions]:
     """Predictions batch by batch, in the order of the dataset.
 
@@ -187,6 +245,7 @@ def predict(
         batch_size: parcels per batch.
         num_workers: most loading processes.
         device: where the classifiers are.
+        telling: how they are told.
     """
     sampler = BatchSampler(range(len(dataset)), batch_size)
     loader = batch_loader(
@@ -219,14 +278,15 @@ def predict(
                 jury.held_out[here],
                 jury.seen[here],
                 classes,
+                telling,
             )
 
 
 def join(batches: Sequence[Predictions]) -> Predictions:
     """Predictions of several batches as one."""
-    columns = zip(*(batch[1:-1] for batch in batches))
+    columns = zip(*(batch[1:-2] for batch in batches))
     ids = list(itertools.chain(*(batch.ids for batch in batches)))
-    return Predictions(ids, *map(np.concatenate, columns), batches[0].classes)
+    return Predictions(ids, *map(np.concatenate, columns), batches[0].classes, batches[0].telling)
 
 
 def write_predictions(batches: Iterator[Predictions], output: Path) -> Predictions:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -153,3 +154,31 @@ def scale_length(most: float) -> float:
     """The longest of 1, 2 and 5 times a power of ten that is at most `most` metres, at least 1 m."""
     power = 10.0 ** np.floor(np.log10(max(most, 1)))
     return float(max(step * power for step in (1, 2, 5) if step * power <= max(most, 1)))
+
+
+def qgis_style(column: str, colours: Mapping[str, str], names: Mapping[str, str]) -> bytes:
+    """A QGIS style file, which fills the parcels of a layer with one colour for each class.
+
+    Args:
+        column: of the layer, with the labels of the classes as text.
+        colours: as #rrggbb, by label.
+        names: what the legend calls the classes, by label.
+    """
+    root = ElementTree.Element("qgis", version="3.22", styleCategories="Symbology")
+    renderer = ElementTree.SubElement(root, "renderer-v2", type="categorizedSymbol", attr=column)
+    categories, symbols = (ElementTree.SubElement(renderer, name) for name in ("categories", "symbols"))
+    for i, (label, colour) in enumerate(colours.items()):
+        about = {"value": label, "type": "string", "symbol": str(i), "label": names[label], "render": "true"}
+        ElementTree.SubElement(categories, "category", about)
+        symbol = ElementTree.SubElement(symbols, "symbol", type="fill", name=str(i), alpha="1")
+        layer = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
+        rgba = ",".join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5)) + ",255"
+        for key, value in (
+            ("style", "solid"),
+            ("color", rgba),
+            ("outline_style", "solid"),
+            ("outline_color", rgba),
+        ):
+            ElementTree.SubElement(layer, "prop", k=key, v=value)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="utf-8")

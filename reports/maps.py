@@ -24,6 +24,7 @@ from reports.cartography import (
     fill,
     map_figure,
     outline_paths,
+    qgis_style,
 )
 from reports.plots import shorten
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from dataset import PixelSetData
 
 GREY, DARK = "#b8b8b8", "#333333"  # parcels without a prediction; classes that are pooled
+# Columns of predictions.csv that hold text.
+TEXT = ("true_label", "predicted_label", "predicted_by", "parcel", "true_name", "predicted_name", "set")
 UNDEFINED, OTHER = "no observation", "other classes"
 _DPI = 200  # of the picture
 
@@ -66,18 +69,16 @@ def write_map(
     table: Path,
     output: Path,
     picture: Path | None = None,
-    names: Mapping[str, str] | None = None,
     title: str = "",
     confusion: np.ndarray | None = None,
 ) -> list[Path]:
-    """Writes predictions.gpkg and predictions.parquet, and a picture of them.
+    """Writes predictions.gpkg with its style for QGIS, predictions.parquet, and a picture of them.
 
     Args:
         outlines: of the predicted parcels, as `match_outlines` gives them.
         table: predictions.csv of inference.py; a parcel without a predicted label is one that was never observed.
         output: folder for the vector files.
         picture: the map, in any format of matplotlib, by its suffix; None for no map.
-        names: names of classes by label as text; labels stand for those without.
         title: heading of the picture.
         confusion: counts (K, K) of the model's tests; classes that it takes for each other get unlike colours.
 
@@ -86,14 +87,21 @@ def write_map(
     """
     predictions = read_predictions(table)
     classes = [column.removeprefix("probability_") for column in predictions if "probability_" in column]
-    name = predictions["predicted_label"].map(lambda label: (names or {}).get(label, label))
-    predictions.insert(list(predictions).index("predicted_label") + 1, "predicted_name", name)
+    if "predicted_name" not in predictions:
+        place = list(predictions).index("predicted_label") + 1
+        predictions.insert(place, "predicted_name", predictions["predicted_label"])
     frame = outlines.merge(predictions, on="id", validate="one_to_one")
+    labels = frame["predicted_label"].to_numpy(dtype=str)
+    colours = class_colours(labels, classes, confusion) | ({"": GREY} if "" in labels else {})
+    names = dict(zip(labels, frame["predicted_name"])) | {"": UNDEFINED}
     writers: dict[Path, Callable[[Path], None]] = {
         output / "predictions.gpkg": lambda path: frame.set_axis(_distinct(frame.columns), axis=1).to_file(
             path, layer="predictions"
         ),
         output / "predictions.parquet": frame.to_parquet,
+        output / "predictions.qml": lambda path: path.write_bytes(
+            qgis_style("predicted_label", colours, names)
+        ),
     }
     if picture is not None:
         figure = plot_map(to_ground(frame), classes, title, confusion)
@@ -136,12 +144,14 @@ def check_picture(path: str | Path) -> Path:
 
 
 def read_predictions(table: Path) -> DataFrame:
-    """The table of predictions: labels are text, empty where unknown; probabilities are numbers, 0 to 1, or nan."""
+    """The table of predictions: labels and names are text, empty where unknown; numbers are nan where unknown."""
     import pandas
 
-    text = dict.fromkeys(("true_label", "predicted_label"), str)
-    labels = pandas.read_csv(table, usecols=["id", *text], dtype=text, keep_default_na=False)
-    return labels.merge(pandas.read_csv(table).drop(columns=[*text]), on="id")
+    columns = list(pandas.read_csv(table, nrows=0))
+    text = [name for name in columns if name in TEXT]
+    words = pandas.read_csv(table, usecols=text, dtype=str, keep_default_na=False)
+    numbers = pandas.read_csv(table, usecols=[name for name in columns if name not in TEXT])
+    return pandas.concat([words, numbers], axis=1)[columns]
 
 
 def class_colours(

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.files import write_bytes
+from learning.predictions import read_rows
 from reports.plots import save_figure, shorten
 
 SUSPECTS, PICTURE = "suspects.csv", "suspects.png"
@@ -22,13 +23,12 @@ LEVELS = {"below 0.01": 0.01, "0.01 to 0.1": 0.1, "0.1 and more": 1.0}  # probab
 _COLOURS = "#d55e00", "#e69f00", "#bbbbbb"
 _MOST_PAIRS = 20
 
+# Columns of suspects.csv, as far as predictions.csv has them.
+COLUMNS = [
+    *("id", "parcel", "true_label", "true_name", "predicted_label", "predicted_name", "confidence"),
+    *("true_probability", "predicted_by", "set"),
+]
 Row = dict[str, str]
-
-
-def read_table(table: Path) -> Iterator[Row]:
-    """The lines of predictions.csv, by column."""
-    with open(table, newline="", encoding="utf-8") as file:
-        yield from csv.DictReader(file)
 
 
 def find_suspects(rows: Iterator[Row]) -> tuple[list[Row], int]:
@@ -49,13 +49,8 @@ def find_suspects(rows: Iterator[Row]) -> tuple[list[Row], int]:
             continue
         n_looked_at += 1
         if true != predicted:
-            told = {
-                name: row[name] for name in row if not name.startswith("probability_") and name != "agreement"
-            }
-            place = list(told).index("confidence") + 1
-            items = list(told.items())
-            items.insert(place, ("true_probability", row[f"probability_{true}"]))
-            suspects.append(dict(items))
+            row["true_probability"] = row[f"probability_{true}"]
+            suspects.append({name: row[name] for name in COLUMNS if name in row})
     suspects.sort(key=lambda row: (float(row["true_probability"]), -float(row["confidence"])))
     return suspects, n_looked_at
 
@@ -67,10 +62,10 @@ def write_suspects(table: Path, output: Path) -> str:
         table: predictions.csv, in which every parcel is predicted out of fold or marked as seen.
         output: folder to write to.
     """
-    suspects, n_looked_at = find_suspects(read_table(table))
-    columns = list(suspects[0]) if suspects else ["id", "true_label", "predicted_label", "confidence"]
+    first = next(read_rows(table), {})
+    suspects, n_looked_at = find_suspects(read_rows(table))
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
+    writer = csv.DictWriter(text, [name for name in COLUMNS if name in first or name == "true_probability"])
     writer.writeheader()
     writer.writerows(suspects)
     write_bytes(output / SUSPECTS, text.getvalue().encode())

@@ -23,6 +23,7 @@ from data import packing
 from data.folds import fold_splits
 from data.store import PixelStore
 from learning import crossvalidation, predictions
+from learning.calibration import SCORES
 from learning.checkpoints import FoldProgress
 from learning.weight_init import freeze_idle_biases
 from models.stclassifier import PseTae
@@ -126,6 +127,8 @@ def test_same_losses_as_one_process(
     assert (mat.sum(1) == same.sum(1)).all()  # every parcel counted once
     calibration = json.loads((tmp_path / "res" / "Fold_1" / "calibration.json").read_text())
     assert sum(calibration["count"]) == mat.sum()
+    scores, same = (np.load(r / "Fold_1" / SCORES) for r in (tmp_path / "res", alone[data, model]))
+    np.testing.assert_allclose(scores, same, atol=1e-3)
     one, several = (json.loads((r / "conf.json").read_text()) for r in (alone[data, model], tmp_path / "res"))
     assert {name for name in one if one[name] != several[name]} == {"res_dir", "command"}
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib.colors
 import matplotlib.image
@@ -32,19 +33,23 @@ from tests.outlines import write_outlines
 CLASSES = ["1", "3", "9"]
 
 
-def write_table(path: Path, labels: list[str], seed: int = 0) -> np.ndarray:
+def write_table(path: Path, labels: list[str], names: dict[str, str] | None = None) -> np.ndarray:
     """A table of predictions for parcels 1, 2, ...; returns the probabilities, nan for those without a label."""
-    probabilities = (
-        np.random.default_rng(seed).dirichlet(np.ones(len(CLASSES)), len(labels)).astype(np.float32)
-    )
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(len(CLASSES)), len(labels)).astype(np.float32)
     probabilities[[not label for label in labels]] = np.nan
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        header = ["id", "true_label", "predicted_label", "confidence", "agreement"]
+        header = ["id", "true_label", "predicted_label", "confidence", "agreement", "predicted_by"]
+        header += ["parcel", "true_name", "predicted_name", "doubt", "set"] if names else []
         table.writerow(header + [f"probability_{label}" for label in CLASSES])
         for i, (label, each) in enumerate(zip(labels, probabilities.tolist()), start=1):
             numbers = [max(each), 0.5, *each] if label else [""] * (2 + len(each))
-            table.writerow([i, "", label, *numbers])
+            told = (
+                [f"0{i}", "", names.get(label, label), int(label == "1") if label else "", label]
+                if names
+                else []
+            )
+            table.writerow([i, "", label, *numbers[:2], "1", *told, *numbers[2:]])
     return probabilities
 
 
@@ -149,14 +154,21 @@ def test_scale_bar_has_a_round_length(most: float, length: float) -> None:
 
 def test_writes_vector_files_with_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     labels = ["3", "1", "", "9", "3"]
-    probabilities = write_table(tmp_path / "predictions.csv", labels)
+    probabilities = write_table(tmp_path / "predictions.csv", labels, {"3": "Maize"})
     outlines = read_outlines(write_outlines(tmp_path / "in.gpkg", [4, 3, 2, 1, 77]))
     matched = match_outlines(outlines, ["1", "2", "3", "4", "5"])
     said = capsys.readouterr().out
     assert "1 of 5 parcels have none" in said and "Outlines: 1 are of no parcel" in said
-    written = write_map(matched, tmp_path / "predictions.csv", tmp_path, None, {"3": "Maize"})
-    assert written == [tmp_path / "predictions.gpkg", tmp_path / "predictions.parquet"]
+    written = write_map(matched, tmp_path / "predictions.csv", tmp_path)
+    assert written == [tmp_path / f"predictions.{kind}" for kind in ("gpkg", "parquet", "qml")]
     for frame in (geopandas.read_file(written[0]), geopandas.read_parquet(written[1])):
+        assert frame["parcel"].tolist() == ["04", "03", "02", "01"] and frame["set"].tolist() == [
+            "9",
+            "",
+            "1",
+            "3",
+        ]
+        assert frame["doubt"].fillna(-1).tolist() == [0, -1, 1, 0] and set(frame["predicted_by"]) == {"1"}
         assert frame.crs == outlines.crs and frame["id"].tolist() == [4, 3, 2, 1]
         assert frame["predicted_label"].tolist() == ["9", "", "1", "3"]
         assert frame["predicted_name"].tolist() == ["9", "", "1", "Maize"]
@@ -181,7 +193,7 @@ def test_labels_may_differ_in_case_alone(tmp_path: Path) -> None:
         ]
         csv.writer(file).writerows([columns, [1, "", "A", 0.7, 1, 0.3, 0.7], [2, "", "", "", "", "", ""]])
     outlines = read_outlines(write_outlines(tmp_path / "in.gpkg", [1, 2]))
-    first, second = write_map(outlines, tmp_path / "predictions.csv", tmp_path)
+    first, second, _ = write_map(outlines, tmp_path / "predictions.csv", tmp_path)
     frame = geopandas.read_file(first)
     assert frame["probability_A_"][0] == 0.7 and frame["predicted_label"].tolist() == ["A", ""]
     assert geopandas.read_parquet(second)["probability_A"][0] == 0.7
@@ -189,11 +201,9 @@ def test_labels_may_differ_in_case_alone(tmp_path: Path) -> None:
 
 def test_draws_every_parcel_in_its_colour(tmp_path: Path) -> None:
     labels = ["3", "1", "", "9"] * 5
-    write_table(tmp_path / "predictions.csv", labels)
+    write_table(tmp_path / "predictions.csv", labels, {"3": "$5 <maize>"})
     outlines = read_outlines(write_outlines(tmp_path / "in.gpkg", range(1, 21), crs=4326))
-    (*_, picture) = write_map(
-        outlines, tmp_path / "predictions.csv", tmp_path, tmp_path / "m.png", {"3": "$5 <maize>"}
-    )
+    (*_, style, picture) = write_map(outlines, tmp_path / "predictions.csv", tmp_path, tmp_path / "m.png")
     image = matplotlib.image.imread(picture)[..., :3]
     assert image.shape[1] == 2200
     panel = image[: image.shape[0] * 2 // 5]
@@ -201,6 +211,31 @@ def test_draws_every_parcel_in_its_colour(tmp_path: Path) -> None:
         near = np.abs(panel - matplotlib.colors.to_rgb(colour)).max(2) < 0.01
         squares = 5 * 100 * 100 / (1188 * 220) / (1.06 * 1.2)  # their share of the panel, roughly
         assert 0.3 * squares < near.mean() < squares
+    assert read_style(style) == {
+        "1": ("1", PALETTE[0]),
+        "3": ("$5 <maize>", PALETTE[1]),
+        "9": ("9", PALETTE[2]),
+        "": ("no observation", GREY),
+    }
+
+
+def read_style(path: Path) -> dict[str, tuple[str, str]]:
+    """Name and colour of each label in a QGIS style."""
+    root = ElementTree.parse(path).getroot()
+    renderer = root.find("renderer-v2[@type='categorizedSymbol']")
+    assert root.tag == "qgis" and renderer.get("attr") == "predicted_label"
+    found = {}
+    for category in renderer.iter("category"):
+        fills = renderer.findall(
+            f"symbols/symbol[@name='{category.get('symbol')}']/layer[@class='SimpleFill']"
+        )
+        (colour,) = (
+            prop.get("v") for fill in fills for prop in fill.iter("prop") if prop.get("k") == "color"
+        )
+        red, green, blue, alpha = map(int, colour.split(","))
+        assert alpha == 255
+        found[category.get("value")] = category.get("label"), f"#{red:02x}{green:02x}{blue:02x}"
+    return found
 
 
 @pytest.mark.parametrize("n", [4, 20, 44])

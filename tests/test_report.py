@@ -87,7 +87,7 @@ def test_training_writes_a_page_that_stands_alone(results: Path) -> None:
     assert "http" not in text and "@import" not in text
     assert text.count("url(") == text.count("url(#")
     assert "prefers-color-scheme: dark" in text
-    assert text.count("<svg") == 5  # three curves, the matrix and the calibration
+    assert text.count("<svg") == 6  # three curves, the matrix, the calibration before and after
     ids = re.findall(r'xlink:href="#(\w+)"|url\(#(\w+)\)', text)
     assert ids and all(f'id="{one or other}"' in text for one, other in ids)
 
@@ -209,6 +209,22 @@ def test_calibration_of_a_fold_is_that_of_its_test_parcels(results: Path, folder
         np.testing.assert_allclose(stored["confidence"], expected.summary()["confidence"], rtol=1e-5)
         matrix = load_arrays(results / f"Fold_{k}" / "conf_mat.pkl")
         assert sum(stored["right"]) == np.trace(matrix)
+
+
+def test_shows_calibration_before_and_after(results: Path, tmp_path: Path) -> None:
+    page = Page((results / "report.html").read_text())
+    folds = [json.loads((results / f"Fold_{k}" / "calibration.json").read_text()) for k in (1, 2, 3)]
+    expected = []
+    for bins in (folds, [fold["calibrated"] for fold in folds]):
+        sums = [np.sum([each[name] for each in bins], axis=0) for name in ("count", "confidence", "right")]
+        expected.append((f"{sums[1].sum() / 30:.3f}", f"{calibration_error(*sums):.3f}"))
+    words = " ".join(page.text.split())
+    found = re.findall(r"mean confidence (\d\.\d+), expected calibration error (\d\.\d+)", words)
+    assert found == expected and expected[0] != expected[1]
+    copy = Path(shutil.copytree(results, tmp_path / "copy"))  # an older run
+    (copy / "Fold_2" / "calibration.json").write_text(json.dumps(folds[1] | {"calibrated": None}))
+    words = " ".join(Page(write_report(copy).read_text()).text.split())
+    assert re.findall(r"mean confidence (\d\.\d+)", words) == [expected[0][0]]
 
 
 def notes(results: Path) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from learning.predictions import read_rows
 from preprocessing.simulate import simulate
-from reports.suspects import find_suspects, plot_suspects, read_table
+from reports.suspects import find_suspects, plot_suspects
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder
 
@@ -45,7 +46,7 @@ def test_swapped_labels_come_first(tmp_path: Path) -> None:
     assert 0.75 < (probabilities.argmax(1) == true).mean() < 0.9
     declared, which = swap(true, 6, random)
     table = write_table(tmp_path / "t.csv", [chr(ord("a") + k) for k in declared], probabilities)
-    suspects, n = find_suspects(read_table(table))
+    suspects, n = find_suspects(read_rows(table))
     assert n == 2000 and len(suspects) == (declared != probabilities.argmax(1)).sum()
     first = {int(row["id"]) - 1 for row in suspects[:100]}
     assert len(first & set(which)) >= 70  # by the confidence in the predicted class 41
@@ -61,7 +62,7 @@ def test_swapped_labels_come_first(tmp_path: Path) -> None:
 def test_parcels_that_cannot_be_judged_are_passed_over(tmp_path: Path) -> None:
     probabilities = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.6, 0.4]])
     table = write_table(tmp_path / "t.csv", ["a", "", "a", "a"], probabilities, ["seen", "1", "all", "2"])
-    suspects, n = find_suspects(read_table(table))
+    suspects, n = find_suspects(read_rows(table))
     assert [row["id"] for row in suspects] == ["3"] and n == 2
     assert suspects[0] == {
         "id": "3",
@@ -104,8 +105,8 @@ def test_inference_lists_them_if_the_folds_have_not_learned_from_them(
     folder = write_folder(tmp_path / "set", n_parcels=21)
     weights = run_train(folder, tmp_path / "res", "--epochs 1", monkeypatch)
     output = run_inference(folder, weights, tmp_path / "out", "", monkeypatch)
-    rows = list(read_table(output / "predictions.csv"))
-    suspects = list(read_table(output / "suspects.csv"))
+    rows = list(read_rows(output / "predictions.csv"))
+    suspects = list(read_rows(output / "suspects.csv"))
     wrong = {row["id"] for row in rows if row["true_label"] != row["predicted_label"]}
     assert wrong and {row["id"] for row in suspects} == wrong
     probability = [float(row["true_probability"]) for row in suspects]
@@ -132,6 +133,6 @@ def test_swapped_labels_of_simulated_data_come_first(tmp_path: Path, monkeypatch
     options = "--kfold 5 --epochs 30 --batch_size 32 --npixel 16"
     weights = run_train(folder, tmp_path / "res", options, monkeypatch)
     output = run_inference(folder, weights, tmp_path / "out", "", monkeypatch)
-    first = [row["id"] for row in read_table(output / "suspects.csv")][: len(which)]
+    first = [row["id"] for row in read_rows(output / "suspects.csv")][: len(which)]
     swapped = {list(labels)[i] for i in which}
     assert len(swapped & set(first)) >= len(which) / 2
