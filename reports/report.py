@@ -166,28 +166,28 @@ def _describe_classes(confusion: np.ndarray, labels: list[str], names: list[str]
 
 
 def _calibrate(folds: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
-    """The calibration curve of all folds together and its figures; None before the first is tested."""
+    """The calibration curves of all folds together and their figures; None before the first is tested."""
     if not folds:
         return None
+    stages = {"as predicted": list(folds.values())}
+    if all("calibrated" in fold for fold in folds.values()):
+        stages["calibrated"] = [fold["calibrated"] for fold in folds.values()]
+    names = ("count", "confidence", "right")
     try:
-        count, confidence, right = (
-            np.sum([fold[name] for fold in folds.values()], axis=0, dtype=float)
-            for name in ("count", "confidence", "right")
-        )
-        edges = np.array(next(iter(folds.values()))["edges"], dtype=float)
-        if not count.sum():
-            return None
-        chart = to_svg(plot_calibration(edges, count, confidence, right))
+        curves = {
+            stage: np.sum([[part[name] for name in names] for part in parts], axis=0, dtype=float)
+            for stage, parts in stages.items()
+        }
+        chart = to_svg(plot_calibration(np.array(next(iter(folds.values()))["edges"], dtype=float), curves))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{CALIBRATION} of a fold is damaged ({error}); copy it again from the training."
         ) from error
-    return {
-        "chart": chart,
-        "error": calibration_error(count, confidence, right),
-        "confidence": confidence.sum() / count.sum(),
-        "accuracy": right.sum() / count.sum(),
+    figures = {
+        stage: (calibration_error(*curve), *(curve[1:].sum(1) / curve[0].sum()))
+        for stage, curve in curves.items()
     }
+    return {"chart": chart, "figures": figures}
 
 
 def calibration_error(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> float:
