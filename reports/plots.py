@@ -107,27 +107,29 @@ def plot_confusion(
     return figure
 
 
-def plot_calibration(
-    edges: np.ndarray, count: np.ndarray, confidence: np.ndarray, right: np.ndarray
-) -> Figure:
-    """Share of right predictions by confidence with 95 % intervals, the diagonal, and the parcels' distribution as bars.
+def plot_calibration(edges: np.ndarray, curves: Mapping[str, np.ndarray]) -> Figure:
+    """Share of right predictions by confidence with 95 % intervals, and the diagonal; the last one's parcels as bars.
 
     Args:
         edges: of the bins of confidence, (bins + 1,).
-        count, confidence, right: per bin the number of parcels, the sum of confidences and the number right, (bins,).
+        curves: by name: number of parcels, sum of their confidences and number right of each bin, (3, bins).
     """
     figure = Figure(figsize=(4.6, 3.8), layout="constrained")
     axis = figure.subplots()
-    axis.bar(edges[:-1], count / count.sum(), 0.96 * np.diff(edges), align="edge", color="0.5", alpha=0.4)
     axis.plot([0, 1], [0, 1], "--", color="black", alpha=0.6, linewidth=1)
-    filled = count > 0
-    x, y = confidence[filled] / count[filled], right[filled] / count[filled]
-    tested = zip(right[filled], count[filled])
-    low, high = np.transpose([binomtest(int(k), int(n)).proportion_ci(method="wilson") for k, n in tested])
-    interval = np.maximum([y - low, high - y], 0)
-    axis.errorbar(x, y, interval, fmt="o-", color=VAL_COLOUR, markersize=4, elinewidth=1)
+    for (name, (count, confidence, right)), colour in zip(curves.items(), (VAL_COLOUR, TRAIN_COLOUR)):
+        filled = count > 0
+        x, y = confidence[filled] / count[filled], right[filled] / count[filled]
+        tested = zip(right[filled], count[filled])
+        low, high = np.transpose(
+            [binomtest(int(k), int(n)).proportion_ci(method="wilson") for k, n in tested]
+        )
+        interval = np.maximum([y - low, high - y], 0)
+        axis.errorbar(x, y, interval, fmt="o-", color=colour, markersize=4, elinewidth=1, label=name)
+    axis.bar(edges[:-1], count / count.sum(), 0.96 * np.diff(edges), align="edge", color="0.5", alpha=0.4)
     axis.set(xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1.02))
     axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
     return figure
 
 

@@ -167,37 +167,29 @@ def _describe_classes(confusion: np.ndarray, labels: list[str], names: list[str]
     return rows
 
 
-def _calibrate(folds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Calibration curve and figures of all folds together, as predicted and after each fold's temperature.
-
-    Without the second if a fold, of an older run, has no temperature; empty before the first is tested.
-    """
-    found = []
+def _calibrate(folds: dict[int, dict[str, Any]]) -> dict[str, Any] | None:
+    """The calibration curves of all folds together and their figures; None before the first is tested."""
+    if not folds:
+        return None
+    stages = {"as predicted": list(folds.values())}
+    if all(fold.get("calibrated") for fold in folds.values()):
+        stages["calibrated"] = [fold["calibrated"] for fold in folds.values()]
+    names = ("count", "confidence", "right")
     try:
-        for title, key in (("As predicted", None), ("Calibrated", "calibrated")):
-            bins = [fold if key is None else fold.get(key) for fold in folds.values()]
-            if not bins or None in bins:
-                continue
-            count, confidence, right = (
-                np.sum([each[name] for each in bins], axis=0, dtype=float)
-                for name in ("count", "confidence", "right")
-            )
-            edges = np.array(next(iter(folds.values()))["edges"], dtype=float)
-            if count.sum():
-                found.append(
-                    {
-                        "title": title,
-                        "chart": to_svg(plot_calibration(edges, count, confidence, right)),
-                        "error": calibration_error(count, confidence, right),
-                        "confidence": confidence.sum() / count.sum(),
-                        "accuracy": right.sum() / count.sum(),
-                    }
-                )
+        curves = {
+            stage: np.sum([[part[name] for name in names] for part in parts], axis=0, dtype=float)
+            for stage, parts in stages.items()
+        }
+        chart = to_svg(plot_calibration(np.array(next(iter(folds.values()))["edges"], dtype=float), curves))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{CALIBRATION} of a fold is damaged ({error}); copy it again from the training."
         ) from error
-    return found
+    figures = {
+        stage: (calibration_error(*curve), *(curve[1:].sum(1) / curve[0].sum()))
+        for stage, curve in curves.items()
+    }
+    return {"chart": chart, "figures": figures}
 
 
 def calibration_error(count: np.ndarray, confidence: np.ndarray, right: np.ndarray) -> float:

@@ -106,11 +106,12 @@ def test_curves_are_those_of_the_folds_and_their_mean() -> None:
 
 def test_calibration_shows_shares_intervals_and_numbers() -> None:
     edges, count = np.linspace(0, 1, 4), np.array([0.0, 4.0, 12.0])
-    axis = plot_calibration(edges, count, np.array([0.0, 2.0, 9.0]), np.array([0.0, 1.0, 12.0])).axes[0]
+    curve = np.array([count, [0, 2, 9], [0, 1, 12]])
+    axis = plot_calibration(edges, {"before": 2 * curve, "after": curve}).axes[0]
     assert [bar.get_height() for bar in axis.patches] == [0, 0.25, 0.75]
-    _, points = (line for line in axis.get_lines() if len(line.get_xdata()))
+    _, _, points = axis.get_lines()
     np.testing.assert_allclose(points.get_xydata(), [[0.5, 0.25], [0.75, 1]])
-    (low, high) = axis.collections[0].get_segments()[0][:, 1]
+    (low, high) = axis.collections[1].get_segments()[0][:, 1]
     z, n, p = 1.959964, 4, 0.25  # Wilson's interval, written out
     middle, half = (p + z**2 / (2 * n)), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     np.testing.assert_allclose(
