@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.machine import free_memory, map_tensors
 from common.threads import share
 from data.batch import Series
+from data.device import DeviceLoader
 from data.draws import (
     add_noise,
     choose_pixels,
@@ -160,7 +161,8 @@ class PixelSetData(Dataset):
             self.extra = torch.from_numpy(extra).float()
         self.n_extra = 0 if self.extra is None else self.extra.shape[1]
         self._draw: tuple[int | str, ...] | None = None
-        self._scale, self._shift, self._noise, self._chosen = None, None, None, None
+        self._scale, self._shift, self._noise = None, None, None
+        self._chosen, self._jittered = None, None  # of all parcels, on a device
         self.set_norm(norm)
         self._make_noise(int(torch.randint(2**62, ())))
 
@@ -289,16 +291,30 @@ class PixelSetData(Dataset):
     def epoch_draws(self, *words: int | str) -> "PixelSetData":
         """The same parcels with the draws of one epoch: pure functions of `words` (say seed, fold, epoch) and parcel."""
         view = copy.copy(self)
-        view._draw = words
-        view._make_noise(*words)
-        if self.device.type != "cpu":  # all at once, since walking to the end of a draw makes the host wait
-            view._chosen = view._choose(view._ids, view._sizes, words)
+        view._noise = view._chosen = view._jittered = None
+        view.redraw(*words)
         return view
 
-    def _make_noise(self, *words: int | str) -> None:
-        self._noise = None
+    def redraw(self, *words: int | str) -> None:
+        """Gives what `epoch_draws` returned the draws of another epoch, in the same memory."""
+        self._draw = words
+        self._make_noise(*words)
+        if self.device.type == "cpu":
+            return
+        # All at once: walking to the end of a draw makes the host wait, and a batch then takes a few kernels.
+        self._chosen = _renew(self._chosen, self._choose(self._ids, self._sizes, words))
         if self.jitter is not None:
-            self._noise = noise_values(stream_key("noise", *words), *self.jitter).to(self.device)
+            self._jittered = _renew(self._jittered, self._noise_places(self._ids, words))
+
+    def _make_noise(self, *words: int | str) -> None:
+        if self.jitter is not None:
+            noise = noise_values(stream_key("noise", *words), *self.jitter)
+            self._noise = _renew(self._noise, noise.to(self.device))
+
+    def _noise_places(self, ids: Tensor, draw: tuple[int | str, ...]) -> Tensor:
+        n_places = len(self._noise) - self.n_dates * self.n_channels + 1
+        places = noise_places(parcel_keys(stream_key("jitter", *draw), ids), self.npixel, n_places)
+        return places.view(len(ids), -1)
 
     def _choose(self, ids: Tensor, sizes: Tensor, draw: tuple[int | str, ...]) -> Tensor:
         return choose_pixels(parcel_keys(stream_key("pixels", *draw), ids), sizes, self.npixel)
@@ -352,13 +368,12 @@ class PixelSetData(Dataset):
 
     def _pixels(self, items: Tensor, draw: tuple[int | str, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sizes (B,), the pixels chosen (B, S), and where each row of them reads its noise, (B, S)."""
-        ids, sizes = self._ids[items], self._sizes[items]
-        chosen = self._choose(ids, sizes, draw) if self._chosen is None else self._chosen[items]
-        if self.jitter is None:
-            return sizes, chosen, None
-        n_places = len(self._noise) - self.n_dates * self.n_channels + 1
-        places = noise_places(parcel_keys(stream_key("jitter", *draw), ids), self.npixel, n_places)
-        return sizes, chosen, places.view(len(items), -1)
+        sizes = self._sizes[items]
+        if self._chosen is not None:
+            return sizes, self._chosen[items], None if self.jitter is None else self._jittered[items]
+        ids = self._ids[items]
+        chosen = self._choose(ids, sizes, draw)
+        return sizes, chosen, None if self.jitter is None else self._noise_places(ids, draw)
 
     def _sets(self, items: Tensor, draw: tuple[int | str, ...]) -> Any:
         """The data of a batch with fixed dates."""
@@ -519,15 +534,20 @@ def _write_out(x: Tensor) -> Tensor:
     return x.contiguous() if 0 in x.stride() else x
 
 
+def _renew(old: Tensor | None, new: Tensor) -> Tensor:
+    """The new values, in the memory of the old ones if there are any."""
+    return new if old is None else old.copy_(new)
+
+
 def batch_loader(
     dataset: PixelSetData, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
-) -> DataLoader:
+) -> DataLoader | DeviceLoader:
     """A loader of whole batches as `PixelSetData.batch` builds them; num_workers does not change them.
 
     A dataset on a GPU prepares its batches there, without worker processes.
     """
     if dataset.device.type != "cpu":
-        num_workers, pin_memory = 0, False
+        return DeviceLoader(dataset, sampler)
     return DataLoader(
         _Batches(dataset, dense=pin_memory),
         sampler=sampler,

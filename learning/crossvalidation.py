@@ -120,6 +120,7 @@ def train_fold(
         batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers, pinned)
         for part in (val, test)
     )
+    draws = dataset.epoch_draws(seed, fold, 0)  # those of the epochs come into its memory
     progress = FoldProgress(folder, model, optimizer)
     if progress.epoch:
         clock.skip(progress.epoch)
@@ -131,7 +132,7 @@ def train_fold(
             group["lr"] = training.lr * SCHEDULES[training.schedule](epoch, training.epochs)
         name = f"Fold {fold}/{training.kfold}  epoch {epoch}/{training.epochs}"
         order = BatchSampler(train, batch_size, stream_key("order", seed, fold, epoch), drop_single=True)
-        draws = dataset.epoch_draws(seed, fold, epoch)
+        draws.redraw(seed, fold, epoch)
         loader = batch_loader(draws, RankBatches(order, divide=True), workers, pinned)
         scores = train_epoch(
             model, optimizer, criterion, loader, device, n_classes, machine.display_step, name
