@@ -26,12 +26,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         return folder, run_train(folder, results, "--epochs 1 --batch_size 16", monkeypatch)
 
 
-def execute(run: Path, folder: Path) -> list:
-    """Executes the notebook with another run and dataset, where it lies; returns its code cells."""
+def execute(run: Path, folder: Path, place: Path) -> list:
+    """Executes the notebook with another run and dataset, in some folder; returns its code cells."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ()))
-    parameters.source = f"run, dataset_folder = {str(run)!r}, {str(folder)!r}"
-    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    repository = ".." if place == NOTEBOOK.parent else str(NOTEBOOK.parent.parent)
+    parameters.source = f"repository, run, dataset_folder = {repository!r}, {str(run)!r}, {str(folder)!r}"
+    resources = {"metadata": {"path": str(place)}}
     nbclient.NotebookClient(notebook, timeout=PATIENCE, kernel_name="python3", resources=resources).execute()
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -51,7 +52,7 @@ def test_notebook(
             (tmp_path / path.name).mkdir()
             shutil.copy(path / "model.pth.tar", tmp_path / path.name)
         results = tmp_path
-    cells = execute(results, folder)
+    cells = execute(results, folder, tmp_path if published else NOTEBOOK.parent)  # also copied elsewhere
     text = "".join(output.get("text", "") for cell in cells for output in cell.outputs)
     assert "3 folds, 143," in text and "100 parcels, 24 dates, 10 channels, 20 classes" in text
     assert pictures(cells) == 3
