@@ -71,7 +71,7 @@ class PixelSetEncoder(nn.Module):
                 f"PSE: mlp2[0] is {mlp2[0]} but pooling gives {len(self.statistics)} x {mlp1[-1]}{extra} = {pooled} "
                 f"numbers; start mlp2 with {pooled}."
             )
-        self.with_extra = with_extra
+        self.input_dim, self.with_extra, self.extra_size = input_dim, with_extra, extra_size
         self.output_dim = mlp2[-1]
         self.mlp1 = nn.ModuleList(linlayer(n_in, n_out) for n_in, n_out in zip(mlp1[:-1], mlp1[1:]))
         self.mlp2 = mlp(mlp2, last="norm")
@@ -87,10 +87,13 @@ class PixelSetEncoder(nn.Module):
 
         Returns:
             (B, L, mlp2[-1]); 0 for a date that a parcel does not have.
+
+        Raises:
+            ValueError: if the input is of another form, shape or type, or on another device than the weights.
         """
         (pixels, mask), extra = split_input(input)
-        if self.with_extra and extra is None:
-            raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
+        if not torch.compiler.is_compiling():
+            self._check(pixels, mask, extra)
         B, L, _, _ = pixels.shape
         rows = None  # the dates that are there; computed by the host, which thereby knows how many there are
         if n_dates is not None:
@@ -117,6 +120,29 @@ class PixelSetEncoder(nn.Module):
             return encoded.view(B, L, -1)
         return encoded.new_zeros(B * L, encoded.shape[1]).index_copy(0, rows, encoded).view(B, L, -1)
 
+    def _check(self, pixels: Tensor, mask: Tensor, extra: Tensor | None) -> None:
+        """Raises a ValueError that says what was expected and found, unless the tensors fit the model."""
+        if self.with_extra and extra is None:
+            raise ValueError("PSE: the model uses extra features; give ((pixels, mask), extra).")
+        B, L, _, S = pixels.shape if pixels.dim() == 4 else ("parcels", "dates", 0, "pixels")
+        expected = {"pixels": (pixels, (B, L, self.input_dim, S)), "mask": (mask, (B, L, S))}
+        if self.with_extra:
+            expected["extra"] = extra, (B, L, self.extra_size)
+        weight = self.mlp1[0].lin.weight
+        for name, (values, shape) in expected.items():
+            if tuple(values.shape) != shape:
+                raise ValueError(
+                    f"PSE: expected {name} of shape ({', '.join(map(str, shape))}), found {tuple(values.shape)}."
+                )
+            if values.device != weight.device:
+                raise ValueError(
+                    f"PSE: {name} lie on {values.device} but the weights on {weight.device}; move one of them."
+                )
+        if pixels.dtype != weight.dtype:
+            raise ValueError(
+                f"PSE: pixels are {pixels.dtype} but the weights {weight.dtype}; convert them, normalised, by .to({weight.dtype})."
+            )
+
     def _pool(self, pixels: Tensor, mask: Tensor, fast: bool = False) -> Sequence[Tensor]:
         """mlp1 and pooling in their plain form, or with `mean_std`: (B, L, E) for each statistic."""
         B, L, C, S = pixels.shape
@@ -133,7 +159,16 @@ class PixelSetEncoder(nn.Module):
 
 
 def split_input(input: PixelSet) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-    """Tells ((pixels, mask), extra) from (pixels, mask) by type: lengths would mislead for two parcels."""
+    """Tells ((pixels, mask), extra) from (pixels, mask) by type: lengths would mislead for two parcels.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    sets = input[0] if isinstance(input, tuple | list) and len(input) == 2 else None
+    if not isinstance(sets, Tensor | tuple | list) or (not isinstance(sets, Tensor) and len(sets) != 2):
+        raise ValueError(
+            f"expected ((pixels, mask), extra) or (pixels, mask), or a data.batch.Batch; found a {type(input).__name__}."
+        )
     return tuple(input) if isinstance(input[0], (tuple, list)) else (tuple(input), None)
 
 

@@ -886,3 +886,25 @@ def test_the_malicious_checkpoint_would_work(tmp_path: Path):
     target = tmp_path / "created"
     pickle.loads(pickle.dumps(Malicious(target)))
     assert target.exists()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x, m, e: x, ["(pixels, mask)", "Tensor"]),
+        (lambda x, m, e: (x, m), ["extra features"]),
+        (lambda x, m, e: ((x.transpose(1, 2), m), e), ["pixels", "10", "(2, 10, 24, 5)"]),
+        (lambda x, m, e: ((x[0], m), e), ["pixels", "10", "(24, 10, 5)"]),
+        (lambda x, m, e: ((x, m[:, 0]), e), ["mask", "(2, 24, 5)", "(2, 5)"]),
+        (lambda x, m, e: ((x, m), e[:, 0]), ["extra", "(2, 24, 4)", "(2, 4)"]),
+        (lambda x, m, e: ((x.double(), m), e), ["float64", "float32"]),
+        (lambda x, m, e: ((x.to("meta"), m), e), ["meta", "cpu"]),
+    ],
+)
+def test_a_wrong_input_is_told_in_one_sentence(name: str, change, words: list[str]):
+    model = CLASSES[name]().eval()
+    with pytest.raises(ValueError) as error:
+        model(change(torch.randn(2, 24, 10, 5), torch.ones(2, 24, 5), torch.randn(2, 24, 4)))
+    message = str(error.value)
+    assert all(word in message for word in words) and message.count(".") >= 1 and "\n" not in message
