@@ -97,6 +97,11 @@ def parse_args() -> argparse.Namespace:
     group.add_argument(
         "--display_step", type=positive, default=50, help="batches between two looks at the loss"
     )
+    group.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        help="let a GPU that holds the pixels repeat training steps by itself; no influence on results",
+    )
     add_architecture_options(parser)
     parser.set_defaults(npixel=None, **asdict(Training()))
     args = parser.parse_args()
@@ -169,7 +174,7 @@ def main() -> None:
         if is_main():
             marks = fingerprints(dataset.folder, dataset.pid, dataset.store)
             begin_run(run, Parts.of(marks, splits), args.resume)
-        machine = Machine(device, args.num_workers, args.display_step)
+        machine = Machine(device, args.num_workers, args.display_step, args.cuda_graph)
         tests, clock = train_folds(dataset, splits, run, machine, draw_curves(res_dir))
         if is_main():
             summarise(run, tests, clock)

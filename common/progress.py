@@ -11,15 +11,14 @@ from tqdm import tqdm
 tqdm.set_lock(threading.RLock())
 
 
-def progress_bar(steps: Iterable, name: str, unit: str, shown: bool = True) -> tqdm:
-    """Shows progress, rate and time left while `steps` are taken: a bar that goes when done.
+def progress_bar(steps: Iterable, name: str, unit: str, shown: bool = True, total: int | None = None) -> tqdm:
+    """Shows progress, rate and time left while `steps`, of which `total` tells the number, are taken: a bar that goes when done.
 
     In a log file, where bars would pile up, it is a line a minute for what takes longer than that.
     """
     seconds = (2, 0.2) if sys.stderr.isatty() else (60, 60)
-    return tqdm(
-        steps, name, unit=f" {unit}", leave=False, delay=seconds[0], mininterval=seconds[1], disable=not shown
-    )
+    timing = {"delay": seconds[0], "mininterval": seconds[1]}
+    return tqdm(steps, name, total, leave=False, unit=f" {unit}", disable=not shown, **timing)
 
 
 class Clock:

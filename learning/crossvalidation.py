@@ -24,7 +24,7 @@ from learning.calibration import (
     validation_scores,
 )
 from learning.checkpoints import FoldProgress, Log, finished_folds
-from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
+from learning.engine import OPTIMIZERS, SCHEDULES, ReplayedSteps, evaluation, train_epoch
 from learning.focal_loss import LOSSES
 from learning.results import fold_folder, save_test, to_npy
 from learning.run import Run
@@ -39,11 +39,23 @@ class Machine(NamedTuple):
         device: where it computes.
         num_workers: most loading processes.
         display_step: batches between two looks at the loss.
+        cuda_graph: whether a GPU shall repeat training steps by itself, where it can.
     """
 
     device: torch.device
     num_workers: int = 0
     display_step: int = 50
+    cuda_graph: bool = False
+
+    def graph_obstacle(self, dataset: PixelSetData) -> str | None:
+        """Why training steps cannot be replayed; None if they can."""
+        if self.device.type != "cuda":
+            return "there is no GPU"
+        if n_ranks() > 1:
+            return "several processes train together"
+        if dataset.device.type != "cuda":
+            return "dates vary, or the GPU has no room for the pixels"
+        return None
 
 
 def train_folds(
@@ -70,6 +82,9 @@ def train_folds(
     """
     if dataset.fits_on(machine.device):
         dataset = dataset.to(machine.device)
+    if machine.cuda_graph and (obstacle := machine.graph_obstacle(dataset)):
+        print(f"--cuda_graph: {obstacle}, so steps are taken one by one")
+        machine = machine._replace(cuda_graph=False)
     finished = finished_folds(run.folder, len(splits))
     fewest = min(run.training.batch_size, *(len(train) for train, _, _ in splits))
     if fewest < n_ranks():
@@ -121,6 +136,13 @@ def train_fold(
         for part in (val, test)
     )
     draws = dataset.epoch_draws(seed, fold, 0)  # those of the epochs come into its memory
+    replayed = None
+    if machine.cuda_graph and not all("capturable" in group for group in optimizer.param_groups):
+        print(
+            f"--cuda_graph: {type(optimizer).__name__} is not known to be capturable, so steps are taken one by one"
+        )
+    elif machine.cuda_graph:
+        replayed = ReplayedSteps(optimizer, batch_size, n_classes, device)
     progress = FoldProgress(folder, model, optimizer)
     if progress.epoch:
         clock.skip(progress.epoch)
@@ -135,7 +157,7 @@ def train_fold(
         draws.redraw(seed, fold, epoch)
         loader = batch_loader(draws, RankBatches(order, divide=True), workers, pinned)
         scores = train_epoch(
-            model, optimizer, criterion, loader, device, n_classes, machine.display_step, name
+            model, optimizer, criterion, loader, device, n_classes, machine.display_step, name, replayed
         )
         scores |= evaluation(model, criterion, val_loader, device, n_classes, "val", f"{name}  validation")[0]
         star = " *best" if progress.finish_epoch(scores) else ""

@@ -1,6 +1,7 @@
 """One pass over a part of the data: training and evaluation. Both return figures; printing is the caller's."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,10 +11,12 @@ from torch.utils.data import DataLoader
 from torchnet.meter import AverageValueMeter
 
 from common.errors import UserError
+from common.graph import Replayed
 from common.machine import recursive_todevice
 from common.processes import add_up, alone, is_main, n_ranks
 from common.progress import progress_bar
 from data.batch import Series
+from data.device import DeviceLoader
 from learning.metrics import METRICS
 
 # By name, what makes an optimiser of parameters and a learning rate, and the factor of the learning rate in an epoch,
@@ -32,10 +35,16 @@ class Scores:
     """
 
     def __init__(self, n_classes: int, device: torch.device) -> None:
-        self._loss = AverageValueMeter()
+        self._loss = AverageValueMeter()  # over the parcels so far
         self._new = torch.zeros((), dtype=torch.float64, device=device)  # sum of losses that the meter lacks
         self._counts = torch.zeros(n_classes, n_classes, dtype=torch.float64, device=device)
         self._classes = torch.arange(n_classes, device=device)
+
+    def reset(self) -> None:
+        """Begins a new pass, in the same memory."""
+        self._loss.reset()
+        self._new.zero_()
+        self._counts.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, target: Tensor) -> None:
         """Takes a batch: its mean loss, logits (B, K) and true classes (B,)."""
@@ -65,17 +74,48 @@ class Scores:
         return {f"{prefix}_loss": self.fetch_loss(), **metrics}
 
 
+class ReplayedSteps:
+    """The training steps of a fold as a CUDA graph, and their scores, which stay in the same memory.
+
+    Args:
+        optimizer: that steps with numbers in the device's memory alone, if told so by its groups' "capturable".
+        batch_size: parcels of the batches that are replayed; smaller ones are not.
+        n_classes: K.
+        device: a GPU.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, batch_size: int, n_classes: int, device: torch.device
+    ) -> None:
+        self.scores, self._step = Scores(n_classes, device), Replayed(batch_size, device)
+        self._groups = optimizer.param_groups
+        for group in self._groups:
+            group["capturable"] = True
+        self._lr: list[float] = []
+
+    def take(self, loader: DeviceLoader, learn: Callable[[Any, Tensor], None]) -> Iterator[None]:
+        """Takes the steps of an epoch, one after the other; all epochs must be drawn in the memory of the first."""
+        lr = [group["lr"] for group in self._groups]
+        if lr != self._lr:
+            self._step.forget()  # what was captured has the old one
+        self._lr = lr
+        for items in loader.items():
+            self._step(lambda items: learn(*loader.dataset.batch(items)), items)
+            yield
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     criterion: nn.Module,
-    loader: DataLoader,
+    loader: DataLoader | DeviceLoader,
     device: torch.device,
     n_classes: int,
     display_step: int = 50,
     name: str = "training",
+    replayed: ReplayedSteps | None = None,
 ) -> dict[str, float]:
-    """Trains for one epoch.
+    """Trains for one epoch; with `replayed`, which the epochs of a fold share, as it does.
 
     Returns:
         train_loss, train_accuracy in percent, train_IoU in 0..1, of the batches as they were trained on.
@@ -84,17 +124,26 @@ def train_epoch(
         UserError: if the loss is no longer finite.
     """
     model.train()
-    scores = Scores(n_classes, device)
-    progress = progress_bar(loader, name, "batches", shown=is_main())
-    for step, (x, y) in enumerate(progress, start=1):
-        x, y = recursive_todevice(x, device), y.to(device, non_blocking=True)
+    scores = Scores(n_classes, device) if replayed is None else replayed.scores
+    scores.reset()
+
+    def learn(x: Any, y: Tensor) -> None:
         optimizer.zero_grad()
-        with alone(leaves_to_first(loader, step)):
-            logits = _logits(model(x))
-            loss = criterion(logits, y)
-            backward(loss, model, len(y))
+        logits = _logits(model(x))
+        loss = criterion(logits, y)
+        backward(loss, model, len(y))
         optimizer.step()
         scores.add(loss, logits, y)
+
+    def take_steps() -> Iterator[None]:
+        for step, (x, y) in enumerate(loader, start=1):
+            with alone(leaves_to_first(loader, step)):
+                learn(recursive_todevice(x, device), y.to(device, non_blocking=True))
+            yield
+
+    steps = take_steps() if replayed is None else replayed.take(loader, learn)
+    progress = progress_bar(steps, name, "batches", shown=is_main(), total=len(loader))
+    for step, _ in enumerate(progress, start=1):
         if step % display_step == 0 and step < len(loader):
             progress.set_postfix_str(f"loss {_finite_loss(scores, name, step):.4f}", refresh=False)
     if leaves_to_first(loader, len(loader)):
@@ -117,7 +166,7 @@ def _finite_loss(scores: Scores, name: str, step: int) -> float:
 def evaluation(
     model: nn.Module,
     criterion: nn.Module,
-    loader: DataLoader,
+    loader: DataLoader | DeviceLoader,
     device: torch.device,
     n_classes: int,
     mode: str = "val",
@@ -162,7 +211,7 @@ def backward(loss: Tensor, model: nn.Module, n_parcels: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def leaves_to_first(loader: DataLoader, step: int) -> bool:
+def leaves_to_first(loader: DataLoader | DeviceLoader, step: int) -> bool:
     """Whether a step, from 1 on, over the loader of a `RankBatches` is one of the first process by itself."""
     return n_ranks() > 1 and step == len(loader) and loader.sampler.last_is_small
 

@@ -240,6 +240,7 @@ class PretendGraph:
         self.tape: list[tuple[OpOverload, tuple, dict[str, Any], Any]] = []
         self._saved: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
         self._made: set[int] = set()
+        self._random = torch.get_rng_state()
 
     def save(self, written: Sequence[Tensor]) -> None:
         """Keeps what stands, before the capture, in memory that an operator is going to write to."""
@@ -255,7 +256,8 @@ class PretendGraph:
             self._made |= {x.untyped_storage().data_ptr() for x in _tensors(out)}
 
     def end(self) -> None:
-        """Undoes what computing the results during the capture has written."""
+        """Undoes what computing the results during the capture has written, and drawn."""
+        torch.set_rng_state(self._random)
         for storage, before in self._saved.values():
             storage.copy_(before)
         self._saved.clear()
@@ -276,7 +278,7 @@ class PretendGraph:
 @contextmanager
 def _capture(graph: PretendGraph, **options: Any) -> Iterator[None]:
     """`torch.cuda.graph`."""
-    _device.graph = graph
+    _device.graph, graph._random = graph, torch.get_rng_state()
     try:
         yield
     finally:

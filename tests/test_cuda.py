@@ -27,7 +27,7 @@ from data.samplers import BatchSampler
 from dataset import PixelSetData, batch_loader
 from learning import crossvalidation
 from learning.checkpoints import STATE
-from learning.engine import train_epoch
+from learning.engine import OPTIMIZERS, ReplayedSteps, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.options import DataShape, resolve_architecture
 from learning.weight_init import weight_init
@@ -345,6 +345,68 @@ def test_the_host_seldom_waits_for_a_training_step(name: str, dates: str, folder
         assert kernels <= MOST_KERNELS
 
 
+class Training:
+    """Epochs of 15 parcels in batches of 4, the last one of 3, with dropout, on the imitated device."""
+
+    def __init__(self, folder: Path, replay: bool, criterion: nn.Module | None = None) -> None:
+        dataset = open_folder(folder).to(CUDA)
+        torch.manual_seed(1)
+        self.model = (
+            resolve_architecture({}, {}, DataShape.of(dataset, 3)).build().apply(weight_init).to(CUDA)
+        )
+        self.optimizer = OPTIMIZERS["adam"](self.model.parameters(), 0.001)
+        self.drawn, self.criterion = dataset.epoch_draws(0), criterion or FocalLoss(1)
+        self.replayed = ReplayedSteps(self.optimizer, 4, 3, CUDA) if replay else None
+
+    def train(self, epoch: int, lr: float = 0.001) -> dict[str, float]:
+        self.drawn.redraw(epoch)
+        torch.manual_seed(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loader = batch_loader(self.drawn, BatchSampler(range(15), 4, epoch), 0)
+        return train_epoch(
+            self.model, self.optimizer, self.criterion, loader, CUDA, 3, 2, "training", self.replayed
+        )
+
+    def state(self) -> list[Tensor]:
+        states = self.optimizer.state_dict()["state"]
+        moments = [states[i][name] for i in states for name in ("step", "exp_avg", "exp_avg_sq")]
+        return [x.values for x in (*self.model.state_dict().values(), *moments)]
+
+
+def test_replayed_steps_are_those_taken_one_by_one(folders: dict[str, Path], log: Log) -> None:
+    """Pixels, jitter, order and dropout differ from epoch to epoch, at last the learning rate too."""
+    eager, replayed = (Training(folders["shared"], replay) for replay in (False, True))
+    for epoch, lr, replays in [(1, 0.001, 0), (2, 0.001, 3), (3, 0.001, 3), (4, 0.01, 3)]:
+        expected = eager.train(epoch, lr)
+        log.clear()
+        assert replayed.train(epoch, lr) == expected
+        assert log.replays == replays
+        for a, b in zip(replayed.state(), eager.state(), strict=True):
+            assert torch.equal(a, b)
+
+
+class Asking(nn.Module):
+    """A loss that makes the host wait."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        assert logits.sum().item() != 0.5
+        return FocalLoss(1)(logits, target)
+
+
+def test_what_cannot_be_captured_is_said_once_and_done_without(
+    folders: dict[str, Path], log: Log, capsys: pytest.CaptureFixture
+) -> None:
+    eager, other = Training(folders["shared"], False), Training(folders["shared"], True, Asking())
+    for epoch in (1, 2, 3):
+        assert other.train(epoch) == eager.train(epoch)
+    assert log.replays == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "CUDA graph" in line and "capturing" in line
+    for a, b in zip(other.state(), eager.state(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_another_epoch_is_drawn_in_the_memory_of_the_first(folders: dict[str, Path], log: Log) -> None:
     dataset = open_folder(folders["shared"]).to(CUDA)
     drawn, other = dataset.epoch_draws(1), dataset.epoch_draws(2)
@@ -355,6 +417,24 @@ def test_another_epoch_is_drawn_in_the_memory_of_the_first(folders: dict[str, Pa
     after, expected = flatten(drawn.batch([3, 9, 0])), flatten(other.batch([3, 9, 0]))
     assert all(torch.equal(a.values, b.values) for a, b in zip(after, expected, strict=True))
     assert not torch.equal(before[0].values, after[0].values)
+
+
+@pytest.mark.parametrize("dates, free, reason", [("shared", 0, "room"), ("varying", ROOM, "vary")])
+def test_why_steps_are_not_captured_is_said(
+    dates: str,
+    free: int,
+    reason: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(crossvalidation, "train_fold", lambda *args: ({}, {}))
+    monkeypatch.setattr(train, "summarise", lambda *args: None)
+    monkeypatch.setattr(train, "draw_curves", lambda *args: lambda logs: None)
+    train_on("cuda", folders[dates], tmp_path / "res", "--cuda_graph", monkeypatch, free)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--cuda_graph" in line]
+    assert reason in line
 
 
 # ------------------------------------------------------------------------------------- the imitation does not pass all
