@@ -151,13 +151,12 @@ def main() -> None:
     jury = run.jury(dataset, ensemble, args.fold, args.kfold)
     if dataset.fits_on(device):
         dataset = dataset.to(device)
-    batch_size = args.batch_size or evaluation_batch(dataset.device)
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {run.architecture.kind.classifier.__name__}, {len(jury.folds)} fold(s) of {args.weight_dir}, "
         f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}\n{describe_jury(jury, args.fold)}"
     )
-    batches = predict(jury, dataset, classes, batch_size, args.num_workers, device, telling)
+    batches = predict(jury, dataset, classes, args.batch_size, args.num_workers, device, telling)
     if not is_main():
         for _ in batches:
             pass
@@ -176,7 +175,7 @@ def main() -> None:
     if (predictions.targets != UNKNOWN).any():
         print(f"Suspects: {write_suspects(output / TABLE, output) if jury.is_known else NO_SUSPECTS}")
     if args.attention:
-        show_attention(ensemble, dataset, predicted, classes, names, bands, args, batch_size, device, output)
+        show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
     if outlines is not None:
         picture, heading = args.map and Path(args.map), describe_dataset(dataset)
         tested = [] if run.is_bare else list(read_confusions(run.folder, len(classes)).values())
@@ -303,13 +302,12 @@ def show_attention(
     names: dict[str, str],
     bands: tuple[int, int] | None,
     args: argparse.Namespace,
-    batch_size: int,
     device: torch.device,
     output: Path,
 ) -> None:
     """Writes the mean attention of each true class or, where no label is known, of each predicted one."""
     known = (dataset.target != UNKNOWN).any()
-    sampler = BatchSampler(range(len(dataset)), batch_size)
+    sampler = BatchSampler(range(len(dataset)), args.batch_size or evaluation_batch(dataset.device))
     loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device.type == "cuda")
     groups = dataset.target if known else predicted
     attention = mean_attention(ensemble, dataset, loader, groups, len(classes), bands, device)

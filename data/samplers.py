@@ -8,10 +8,8 @@ from torch.utils.data import Sampler
 
 from common.processes import n_ranks, rank
 
-BATCH_SIZE = 128  # of the published training
 
-
-def evaluation_batch(device: torch.device, batch_size: int = BATCH_SIZE) -> int:
+def evaluation_batch(device: torch.device, batch_size: int = 128) -> int:
     """Parcels per batch where nothing is learned; results do not depend on it.
 
     A GPU that holds the pixels takes eight times as many as in training: a batch is then no longer computed before the
@@ -19,7 +17,7 @@ def evaluation_batch(device: torch.device, batch_size: int = BATCH_SIZE) -> int:
 
     Args:
         device: where batches are prepared.
-        batch_size: of training.
+        batch_size: of training; the published one if not given.
     """
     return 8 * batch_size if device.type == "cuda" else batch_size
 

@@ -18,7 +18,7 @@ from common.errors import as_user_error
 from common.machine import count_workers, recursive_todevice
 from common.processes import gather_rows, is_main, n_ranks, rank
 from common.progress import progress_bar
-from data.samplers import BatchSampler, RankBatches
+from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import UNKNOWN, PixelSetData, batch_loader
 from learning.metrics import accuracy, confusion_matrix, mean_iou
 from models.ensemble import Ensemble
@@ -229,7 +229,7 @@ def predict(
     jury: Jury,
     dataset: PixelSetData,
     classes: Sequence[int | str],
-    batch_size: int,
+    batch_size: int | None,
     num_workers: int,
     device: torch.device,
     telling: Telling = Telling(),
@@ -242,11 +242,12 @@ def predict(
         jury: trained classifiers.
         dataset: the parcels, drawn as for evaluation.
         classes: label of each class.
-        batch_size: parcels per batch.
+        batch_size: parcels per batch; None for that of `evaluation_batch`.
         num_workers: most loading processes.
         device: where the classifiers are.
         telling: how they are told.
     """
+    batch_size = batch_size or evaluation_batch(dataset.device)
     sampler = BatchSampler(range(len(dataset)), batch_size)
     loader = batch_loader(
         dataset, RankBatches(sampler, divide=False), count_workers(num_workers), device.type == "cuda"

@@ -14,7 +14,6 @@ from common.errors import UserError, as_user_error
 from common.files import read_json
 from data.folds import fold_splits
 from data.parts import PARTS, Parts, data_key, fingerprints
-from data.samplers import BATCH_SIZE, evaluation_batch
 from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
 from learning.calibration import read_temperature
@@ -52,7 +51,7 @@ class Training:
 
     kfold: int = 5
     epochs: int = 100
-    batch_size: int = BATCH_SIZE
+    batch_size: int = 128
     lr: float = 0.001
     gamma: float = 1.0
     loss: str = "focal"
@@ -186,9 +185,8 @@ class Run:
         ids = [dataset.pid[i] for i in known]
         if kfold is None or self.about.get("folds") or len(known) < kfold:
             return None
-        splits = fold_splits(
-            len(known), kfold, self.data.seed
-        )  # as older runs and the published code drew them
+        # As older runs and the published code drew them.
+        splits = fold_splits(len(known), kfold, self.data.seed)
         key = data_key(ids, dataset.target[known], splits)
         return Parts.of(marks[known], splits) if self.about.get("data_key", key) == key else None
 
@@ -218,7 +216,6 @@ class Run:
         jury = self.jury(dataset, ensemble, fold)
         if dataset.fits_on(device):
             dataset = dataset.to(device)
-        batch_size = batch_size or evaluation_batch(dataset.device)
         return join(list(predict(jury, dataset, self.data.classes, batch_size, num_workers, device)))
 
 
