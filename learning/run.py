@@ -322,9 +322,7 @@ def _entries() -> dict[str, Callable[[Any], bool]]:
 
     entries: dict[str, Callable[[Any], bool]] = {
         **dict.fromkeys(("labels", "dataset_folder"), _or_none(is_text)),
-        "labels_table": _or_none(
-            lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_text, value))
-        ),
+        "labels_table": _or_none(lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_text, x))),
         "sub_classes": _is_classes,
         "npixel": _is_whole,
         "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),
