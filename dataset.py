@@ -27,6 +27,7 @@ from data.draws import (
 from data.metadata import (
     Arrays,
     check_norm,
+    find_used,
     read_days,
     read_extra_features,
     read_info,
@@ -34,7 +35,7 @@ from data.metadata import (
     read_norm,
     season_start_before,
 )
-from data.moments import NORM, PUBLISHED_NORM
+from data.moments import NORM, PUBLISHED_NORM, Moments
 from data.packing import check_folder, list_parcels, open_store
 from data.samplers import BatchSampler
 from data.settings import EXTRA_FEATURE, DataSettings
@@ -74,6 +75,7 @@ class PixelSetData(Dataset):
             that of META/info.json.
         season_start: (month, day) that the days of a parcel are counted from, the last before its first date; if not
             given, they are counted from the first date of the dataset.
+        until: last day whose pixels are used, YYYYMMDD or MM-DD; such a dataset is varying.
         varying: whether to treat the dataset as varying in any case.
         temporal_dropout: probability with which `epoch_draws` leaves out a date (of a varying dataset).
         temporal_shift: days, at most, by which `epoch_draws` moves a parcel's calendar (of a varying dataset).
@@ -111,6 +113,7 @@ class PixelSetData(Dataset):
         extra_stats: Arrays | None = None,
         nodata: float | None = None,
         season_start: tuple[int, int] | None = None,
+        until: str | None = None,
         varying: bool = False,
         temporal_dropout: float = 0.0,
         temporal_shift: int = 0,
@@ -140,10 +143,13 @@ class PixelSetData(Dataset):
         if not kept:
             what = "a label" if self.classes is None else f"one of the labels {self.classes}"
             raise UserError(f"no parcel of {folder} has {what}; choose other --labels or --sub_classes.")
-        self.varying = varying or not shared or not self.store.complete[kept].all()
+        self.until, used = until, None if until is None else find_used(days, season_start, until)
+        self.varying = varying or until is not None or not shared or not self.store.complete[kept].all()
         self.n_unobserved = 0
         if self.varying and not keep_all:
             observed = [i for i in kept if self.store.observed[i]]
+            if used is not None:
+                observed = [i for i in observed if self._is_seen(i, used)]
             self.n_unobserved, kept = len(kept) - len(observed), observed
         self._places = np.array(kept, np.int64)
         self._ids, self._sizes, self._first = (
@@ -152,7 +158,7 @@ class PixelSetData(Dataset):
         )
         self.target = np.array([UNKNOWN if codes[i] is None else codes[i] for i in kept], dtype=np.int64)
         self.pid = [str(parcel) for parcel in self.store.ids[kept]]
-        self._set_days(days, season_start)
+        self._set_days(days, season_start, used)
 
         self._target = torch.from_numpy(self.target)
         self.extra, self.extra_stats = None, None
@@ -194,6 +200,7 @@ class PixelSetData(Dataset):
             extra_stats=settings.extra_stats,
             nodata=settings.nodata_in(folder),
             season_start=settings.season_start,
+            until=settings.until,
             varying=settings.varying,
             keep_all=keep_all,
             **options,
@@ -213,25 +220,38 @@ class PixelSetData(Dataset):
             )
         return dataset
 
+    def _is_seen(self, place: int, used: np.ndarray | dict[int, np.ndarray]) -> bool:
+        """Whether a pixel of the parcel at this place of the store is present on a date that is used."""
+        rows = used if isinstance(used, np.ndarray) else used[int(self.store.ids[place])]
+        if not rows.any() or self.store.complete[place]:
+            return bool(rows.any())
+        missing = find_missing(self.store.parcel(place)[:, rows], self.store.nodata, axis=2)
+        return missing is None or not missing.all()
+
     def _set_days(
-        self, days: np.ndarray | dict[int, np.ndarray], season_start: tuple[int, int] | None
+        self,
+        days: np.ndarray | dict[int, np.ndarray],
+        season_start: tuple[int, int] | None,
+        used: np.ndarray | dict[int, np.ndarray] | None,
     ) -> None:
         """Positions of the dates in order, and the rows of the files that they are in; shared, or by parcel."""
 
-        def since(own: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+        def since(own: np.ndarray, first: int, used: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
             order = np.argsort(own, kind="stable")
+            order = order if used is None else order[used[order]]
             start = first if season_start is None else season_start_before(int(own.min()), season_start)
             return own[order] - start, order
 
         self._order = None  # rows of the files in the order of shared dates, where that is another one
         if isinstance(days, np.ndarray):
-            self._calendar: Any = since(days, int(days.min()))
+            self._calendar: Any = since(days, int(days.min()), used)
             self.date_positions = self._calendar[0].tolist()
             if _is_unordered(self._calendar[1]):
                 self._order = torch.from_numpy(self._calendar[1])
         else:
             first = min(int(own.min()) for own in days.values())
-            self._calendar = [since(days[int(parcel)], first) for parcel in self.pid]
+            parcels = [int(parcel) for parcel in self.pid]
+            self._calendar = [since(days[i], first, None if used is None else used[i]) for i in parcels]
             self.date_positions = None
 
     def calendar(self, item: int) -> tuple[np.ndarray, np.ndarray]:
@@ -242,6 +262,7 @@ class PixelSetData(Dataset):
     def day_range(self) -> tuple[int, int]:
         """First and last day of any parcel."""
         calendars = [self._calendar] if self.date_positions is not None else self._calendar
+        calendars = [calendar for calendar in calendars if len(calendar[0])]
         return min(int(days[0]) for days, _ in calendars), max(int(days[-1]) for days, _ in calendars)
 
     @property
@@ -424,17 +445,19 @@ class PixelSetData(Dataset):
         def write(i: int, size: int) -> int:
             """Writes a parcel's dates that are present, in order, and returns their number."""
             place, (own_days, rows) = parcels[i], self.calendar(numbers[i])
-            T = n = len(rows)
+            T, n = int(self.store.dates[place]), len(rows)
+            if not n:
+                return 0
             raw = self.store.parcel(place).reshape(-1, T * C).take(pixels[i], axis=0)
             missing = None
             if self.temporal_dropout or not self.store.complete[place]:
-                there = np.ones(T, bool)
+                there = np.ones(n, bool)
                 if not self.store.complete[place]:
                     missing = _fill_missing(raw.reshape(S, T, C), self.store.nodata)[:size, rows]
                     there = ~missing.all(0)
                     if not there.any():
                         return 0
-                kept = there & ~left_out[i, :T]
+                kept = there & ~left_out[i, :n]
                 if not kept.any():  # one is left in any case
                     kept[np.argmax(there)] = True
                 n, rows, own_days = int(kept.sum()), rows[kept], own_days[kept]
@@ -464,6 +487,16 @@ class PixelSetData(Dataset):
         mask, days = torch.from_numpy(mask), torch.from_numpy(days)
         extra = None if self.extra is None else self.extra[items].unsqueeze(1).expand(-1, L, -1)
         return Series(x.view(B, S, L, C).permute(0, 2, 3, 1), mask, extra, days)
+
+    def statistics(self) -> Arrays:
+        """Mean and standard deviation per channel, (C,) each, of all pixels that are present on the dates that are used."""
+        moments = Moments("channel")
+        for item, place in enumerate(self._places):
+            pixels = self.store.parcel(place)[:, self.calendar(item)[1]]
+            if pixels.size:
+                missing = find_missing(pixels, self.store.nodata, axis=2)
+                moments.add(pixels.transpose(1, 2, 0), None if missing is None else missing.T)
+        return moments.result()
 
     def mean_series(self, item: int) -> np.ndarray:
         """Mean over all pixels of one parcel that are present, not normalised, (T, C) in the order of dates.
@@ -564,6 +597,11 @@ def find_norm(dataset: PixelSetData, path: str | Path | None = None) -> tuple[Ar
     varying dataset, so that they serve other dates.
     """
     candidates = [dataset.folder / name for name in (PUBLISHED_NORM, NORM)] if path is None else [Path(path)]
+    if dataset.until is not None and path is None:  # the folder's know of later dates
+        return (
+            dataset.statistics(),
+            f"mean and standard deviation computed per channel, until {dataset.until}",
+        )
     for candidate in candidates:
         if path is not None or candidate.exists():
             norm = read_norm(candidate, dataset.norm_shape)

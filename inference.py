@@ -154,7 +154,9 @@ def main() -> None:
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {run.architecture.kind.classifier.__name__}, {len(jury.folds)} fold(s) of {args.weight_dir}, "
-        f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}\n{describe_jury(jury, args.fold)}"
+        f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}"
+        + (f", until {dataset.until}" if dataset.until else "")
+        + f"\n{describe_jury(jury, args.fold)}"
     )
     batches = predict(jury, dataset, classes, args.batch_size, args.num_workers, device, telling)
     if not is_main():
@@ -245,6 +247,13 @@ def choose_run(args: argparse.Namespace) -> Run:
         data = replace(data, n_extra=args.geomfeat and max(1, data.n_extra))
     if args.norm is not None:
         data = replace(data, norm=None)
+    if args.until is not None:
+        data = replace(data, until=args.until)
+    if data.until is not None and run.architecture.n_dates is not None:
+        raise UserError(
+            f"--until leaves dates out, but the model needs all {run.architecture.n_dates} of them; train one with "
+            "--varying_dates."
+        )
     if not run.is_bare and (preset or typed):
         run = replace(run, architecture=Architecture.from_dict(run.architecture.to_dict() | preset | typed))
     return replace(run, data=data)

@@ -172,7 +172,8 @@ def main() -> None:
     run = Run(res_dir, settings, architecture, Training.from_config(vars(args)), about)
     with resumable(res_dir):
         if is_main():
-            marks = fingerprints(dataset.folder, dataset.pid, dataset.store)
+            season = settings.season_start, settings.until
+            marks = fingerprints(dataset.folder, dataset.pid, dataset.store, *season)
             begin_run(run, Parts.of(marks, splits), args.resume)
         machine = Machine(device, args.num_workers, args.display_step, args.cuda_graph)
         tests, clock = train_folds(dataset, splits, run, machine, draw_curves(res_dir))
@@ -198,7 +199,8 @@ def describe_dates(dataset: PixelSetData) -> str:
     """The number of dates in words."""
     least = int(dataset.store.dates.min())
     number = str(dataset.n_dates) if least == dataset.n_dates else f"{least} to {dataset.n_dates}"
-    return f"{number} {'varying ' if dataset.varying else ''}dates"
+    until = f" of which those until {dataset.until} are used" if dataset.until else ""
+    return f"{number} {'varying ' if dataset.varying else ''}dates{until}"
 
 
 def summarise(run: Run, tests: list[dict[str, float]], clock: Clock) -> None:

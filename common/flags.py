@@ -32,6 +32,22 @@ def parse_month_day(text: str) -> tuple[int, int]:
     return day.month, day.day
 
 
+def is_until(value: Any) -> bool:
+    """Whether a value is the last day of a season: text, YYYYMMDD or MM-DD."""
+    text = f"2001{value.replace('-', '')}" if re.fullmatch(r"\d\d-\d\d", str(value)) else str(value)
+    try:
+        return isinstance(value, str) and datetime.strptime(text, "%Y%m%d").strftime("%Y%m%d") == text
+    except ValueError:
+        return False
+
+
+def parse_until(text: str) -> str:
+    """Reads the last day of a season, YYYYMMDD or MM-DD, which stays text."""
+    if not is_until(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day such as 06-30 or 20170630")
+    return text
+
+
 def parse_number(text: str) -> float:
     """Reads a number, infinities included; nan is none."""
     try:

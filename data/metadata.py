@@ -161,6 +161,38 @@ def season_start_before(day: int, month_day: tuple[int, int]) -> int:
     return (start if start <= first else date(first.year - 1, *month_day)).toordinal()
 
 
+def find_used(
+    days: np.ndarray | dict[int, np.ndarray], season_start: tuple[int, int] | None, until: str
+) -> np.ndarray | dict[int, np.ndarray]:
+    """Which dates are used where a season is followed up to a day alone, in the form of `read_days`.
+
+    Args:
+        days: as `read_days` gives them.
+        season_start: (month, day) that a season starts with; None for the first date of any parcel.
+        until: the last day, YYYYMMDD; or MM-DD, for the first such day from the start of a parcel's season on.
+
+    Raises:
+        UserError: if no date is used.
+    """
+    shared = isinstance(days, np.ndarray)
+    first = min(int(own.min()) for own in ([days] if shared else days.values()))
+
+    def use(own: np.ndarray) -> np.ndarray:
+        if "-" not in until:
+            return own <= _to_day(until, "the last day")
+        start = first if season_start is None else season_start_before(int(own.min()), season_start)
+        day = tuple(map(int, until.split("-")))
+        return own <= season_start_before(
+            season_start_before(start - 1, day) + 366, day
+        )  # the next one after
+
+    used = use(days) if shared else {parcel: use(own) for parcel, own in days.items()}
+    if not any(own.any() for own in ([used] if shared else used.values())):
+        begin = date.fromordinal(first).strftime("%Y%m%d")
+        raise UserError(f"--until {until} leaves no date, since the first one is {begin}; give a later day.")
+    return used
+
+
 def read_info(folder: Path) -> dict[str, Any]:
     """META/info.json: what is known of the pixels, {"nodata": ..., "bands": [...], ...}; empty without the file."""
     path = folder / "META" / "info.json"

@@ -13,7 +13,7 @@ from common.errors import UserError
 from common.files import write_bytes
 from common.progress import progress_bar
 from data.folds import Split
-from data.metadata import read_days
+from data.metadata import find_used, read_days
 
 if TYPE_CHECKING:
     from data.store import PixelStore
@@ -22,7 +22,13 @@ PARTS = "parcels.npz"  # in a results folder
 _NOT, _LEARNED, _TEST = 0, 1, 2
 
 
-def fingerprints(folder: Path, ids: Sequence[str], store: "PixelStore") -> np.ndarray:
+def fingerprints(
+    folder: Path,
+    ids: Sequence[str],
+    store: "PixelStore",
+    season_start: tuple[int, int] | None = None,
+    until: str | None = None,
+) -> np.ndarray:
     """One number for each parcel that differs where id, dates, number of pixels or first pixel do, (N,) int64.
 
     Next year's parcels with the same ids are others; a copy of a dataset folder has the same ones.
@@ -31,18 +37,24 @@ def fingerprints(folder: Path, ids: Sequence[str], store: "PixelStore") -> np.nd
         folder: dataset folder.
         ids: of the parcels.
         store: its pixels.
+        season_start, until: of the training, where it used no later dates: then it does not matter which there are.
     """
     numbers = np.array(ids, np.int64)
     days = read_days(folder, numbers.tolist())
-    shared = days.astype(np.int64).tobytes() if isinstance(days, np.ndarray) else None
+    used = None if until is None else find_used(days, season_start, until)
+    is_shared = isinstance(days, np.ndarray)
     places = np.searchsorted(store.ids, numbers)
     found = np.empty(len(places), np.int64)
     for i, (parcel, place) in enumerate(
         progress_bar(zip(numbers.tolist(), places.tolist()), "recognising parcels", "parcels")
     ):
         digest = hashlib.blake2b(f"{parcel} {store.sizes[place]} ".encode(), digest_size=8)
-        digest.update(days[parcel].astype(np.int64).tobytes() if shared is None else shared)
-        digest.update(store.parcel(place)[:1].astype(np.float64).tobytes())
+        own, pixel = days if is_shared else days[parcel], store.parcel(place)[:1]
+        if used is not None:
+            rows = used if is_shared else used[parcel]
+            own, pixel = own[rows], pixel[:, rows]
+        digest.update(own.astype(np.int64).tobytes())
+        digest.update(pixel.astype(np.float64).tobytes())
         found[i] = int.from_bytes(digest.digest(), "little", signed=True)
     return found
 

@@ -29,6 +29,7 @@ class DataSettings:
             declaration then takes its place; a value that was typed stays.
         units: what a number of the training data is in reflectance, by its META/info.json; None if unknown.
         season_start: (month, day) that days are counted from; None for the first date of the dataset.
+        until: YYYYMMDD or MM-DD, the last day whose pixels are used; None for all.
         varying: whether dates are treated as varying in any case.
         n_channels: channels that a dataset must have; None for any.
         n_dates: number of dates that a dataset must have, shared by all parcels; None for any.
@@ -46,6 +47,7 @@ class DataSettings:
     nodata_declared: bool = False
     units: float | None = None
     season_start: tuple[int, int] | None = None
+    until: str | None = None
     varying: bool = False
     n_channels: int | None = None
     n_dates: int | None = None
@@ -66,6 +68,7 @@ class DataSettings:
             "nodata_declared": self.nodata_declared,
             "units": self.units,
             "season_start": None if self.season_start is None else list(self.season_start),
+            "until": self.until,
             "varying_dates": self.varying,
             "rdm_seed": self.seed,
         }
@@ -85,6 +88,7 @@ class DataSettings:
             nodata_declared=config["nodata_declared"],
             units=config["units"],
             season_start=None if config["season_start"] is None else tuple(config["season_start"]),
+            until=config["until"],
             varying=config["lms"] is None,
             n_channels=config["input_dim"],
             n_dates=config["lms"],

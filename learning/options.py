@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from common.errors import UserError, as_user_error
-from common.flags import fraction, natural, parse_labels, parse_number, parse_optional, parse_widths, positive
+from common.flags import (
+    fraction,
+    natural,
+    parse_labels,
+    parse_number,
+    parse_optional,
+    parse_until,
+    parse_widths,
+    positive,
+)
 from data.metadata import LabelsTable, choose_nomenclature, read_units
 from data.packing import check_folder
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
@@ -97,6 +106,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         "META/info.json",
     )
     group.add_argument(
+        "--until",
+        type=parse_until,
+        metavar="DAY",
+        help="use no date later than this day, YYYYMMDD or, in any year, MM-DD; needs, and in training makes, a model for "
+        "varying dates",
+    )
+    group.add_argument(
         "--batch_size",
         type=positive,
         help="parcels per batch; without it inference takes 128, and 1024 where a GPU holds the pixels",
@@ -137,6 +153,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         n_extra=0,
         nodata=args.nodata,
         season_start=args.season_start,
+        until=args.until,
         varying=bool(args.varying_dates or args.season_start or args.temporal_dropout or args.temporal_shift),
         seed=args.rdm_seed,
     )

@@ -12,6 +12,7 @@ import torch
 
 from common.errors import UserError, as_user_error
 from common.files import read_json
+from common.flags import is_until
 from data.folds import fold_splits
 from data.parts import PARTS, Parts, data_key, fingerprints
 from data.settings import CLASSES_20, DataSettings
@@ -166,10 +167,10 @@ class Run:
         """
         folds = list(choose_folds(self.folder, "all" if fold is None else fold))
         temperatures = [read_temperature(self.folder / f"Fold_{k}") for k in folds]
-        held_out, seen = np.zeros(len(dataset), np.int64), np.zeros(len(dataset), bool)
-        is_known = False
+        held_out, seen, is_known = np.zeros(len(dataset), np.int64), np.zeros(len(dataset), bool), False
         if fold is None:
-            marks = fingerprints(dataset.folder, dataset.pid, dataset.store)
+            season = self.data.season_start, self.about.get("until")
+            marks = fingerprints(dataset.folder, dataset.pid, dataset.store, *season)
             parts = self._parts(dataset, marks, kfold)
             is_known = parts is not None
             if parts is not None:
@@ -185,8 +186,7 @@ class Run:
         ids = [dataset.pid[i] for i in known]
         if kfold is None or self.about.get("folds") or len(known) < kfold:
             return None
-        # As older runs and the published code drew them.
-        splits = fold_splits(len(known), kfold, self.data.seed)
+        splits = fold_splits(len(known), kfold, self.data.seed)  # as older runs and the published code did
         key = data_key(ids, dataset.target[known], splits)
         return Parts.of(marks[known], splits) if self.about.get("data_key", key) == key else None
 
@@ -319,16 +319,14 @@ def _entries() -> dict[str, Callable[[Any], bool]]:
         return isinstance(value, bool)
 
     entries: dict[str, Callable[[Any], bool]] = {
-        "labels": _or_none(is_text),
-        "labels_table": _or_none(
-            lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_text, value))
-        ),
+        **dict.fromkeys(("labels", "dataset_folder"), _or_none(is_text)),
+        "labels_table": _or_none(lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_text, x))),
         "sub_classes": _is_classes,
         "npixel": _is_whole,
         "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),
         "units": _or_none(_is_number),
         "season_start": _or_none(lambda value: _is_list(value) and len(value) == 2),
-        "dataset_folder": _or_none(is_text),
+        "until": _or_none(is_until),
         "class_names": _or_none(lambda value: isinstance(value, dict)),
         "pooling": is_text,
         "positions": lambda value: value in ("bespoke", "order"),

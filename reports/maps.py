@@ -239,4 +239,5 @@ def describe_dataset(dataset: PixelSetData) -> str:
     days = days if isinstance(days, np.ndarray) else np.concatenate(list(days.values()))
     first, last = (date.fromordinal(int(day)) for day in (days.min(), days.max()))
     simulated = " (simulated)" if read_info(dataset.folder).get("simulated") else ""
-    return f"{dataset.folder.resolve().name}{simulated}, {first} to {last}"
+    until = f", used until {dataset.until}" if dataset.until else ""
+    return f"{dataset.folder.resolve().name}{simulated}, {first} to {last}{until}"

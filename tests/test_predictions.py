@@ -19,7 +19,8 @@ from learning import predictions
 from learning.calibration import Calibration, Logits, fit_temperature
 from learning.predictions import OUTPUTS, Jury, Predictions
 from learning.run import open_run
-from tests.commands import run_inference, run_train
+from reports import season
+from tests.commands import run_command, run_inference, run_train
 from tests.folders import write_folder, write_meta
 
 CLASSES = [1, 3, 9]
@@ -197,6 +198,25 @@ def test_damaged_parts_are_reported(
         run_inference(folder, bad, tmp_path / "out", "", monkeypatch)
     error = capsys.readouterr().err
     assert end.value.code == 2 and PARTS in error and "--fold all" in error
+
+
+def test_a_model_for_fixed_dates_needs_them_all(
+    folder: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for command in (
+        lambda: run_inference(folder, weights, tmp_path / "out", "--until 03-01", monkeypatch),
+        lambda: run_command(season.main, f"{weights}", monkeypatch),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command()
+        error = capsys.readouterr().err
+        assert (
+            end.value.code == 2 and "all 5" in error and "--varying_dates" in error and error.count("\n") == 1
+        )
 
 
 # -------------------------------------------------------------------------------------------------- calibration

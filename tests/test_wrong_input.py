@@ -624,6 +624,7 @@ WRONG += [
 ]
 WRONG += [("nodata", value) for value in ("abc", [], True)]
 WRONG += [("season_start", value) for value in ("10-01", 5, [1], [1, 2, 3])]
+WRONG += [("until", value) for value in ("6-30", "02-30", 20170630, [6, 30])]
 WRONG += [("labels", value) for value in (5, ["a"], {})]
 
 
@@ -648,6 +649,7 @@ def test_an_entry_that_the_configuration_lacks_has_its_default(infer, results, t
         "nodata_declared",
         "units",
         "season_start",
+        "until",
         "class_names",
         "rdm_seed",
         "grid_days",
