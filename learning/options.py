@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.errors import UserError, as_user_error
 from common.flags import (
     fraction,
@@ -310,8 +308,7 @@ def check_sizes(typed: dict[str, Any], preset: dict[str, Any]) -> None:
     if "mlp2" in typed:  # how it has to start depends on the extra features of the data
         pooled = len(settings["pooling"].split("_")) * settings["mlp1"][-1]
         sizes["mlp2"] = [pooled, *typed["mlp2"][1:]]
-    with torch.device("meta"):
-        resolve_architecture(sizes, preset, data).build()
+    resolve_architecture(sizes, preset, data).build()
 
 
 def resolve_architecture(typed: dict[str, Any], preset: dict[str, Any], data: DataShape) -> Architecture:
