@@ -73,6 +73,9 @@ def write_varying(path: Path) -> Path:
     return path
 
 
+ITEMS = DeviceLoader.items
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("data")
@@ -99,13 +102,8 @@ def train_on(
 ) -> Path:
     """Trains on the first fold alone, of three, with the device imitated if it is cuda; returns the results folder."""
     monkeypatch.setattr(train, "fold_splits", lambda *arguments: fold_splits(*arguments)[:1])
-    items = DeviceLoader.items
-    monkeypatch.setattr(
-        DeviceLoader, "items", lambda self: (torch.rand(()), items(self))[1]
-    )  # as a DataLoader draws
-    monkeypatch.setattr(
-        train, "check_sizes", lambda *args: None
-    )  # uses a device that the imitation has taken
+    # As a DataLoader draws.
+    monkeypatch.setattr(DeviceLoader, "items", lambda self: (torch.rand(()), ITEMS(self))[1])
     options = f"--device {device} --epochs {EPOCHS} --lr 0.0001 --num_workers 0 {flags}"
     with pretend_cuda(free) if device == "cuda" else nullcontext():
         return run_train(folder, res_dir, options, monkeypatch)
