@@ -103,7 +103,9 @@ def train_on(
     """Trains on the first fold alone, of three, with the device imitated if it is cuda; returns the results folder."""
     monkeypatch.setattr(train, "fold_splits", lambda *arguments: fold_splits(*arguments)[:1])
     # As a DataLoader draws.
-    monkeypatch.setattr(DeviceLoader, "items", lambda self: (torch.rand(()), ITEMS(self))[1])
+    monkeypatch.setattr(
+        DeviceLoader, "items", lambda self: (torch.empty((), dtype=torch.int64).random_(), ITEMS(self))[1]
+    )
     options = f"--device {device} --epochs {EPOCHS} --lr 0.0001 --num_workers 0 {flags}"
     with pretend_cuda(free) if device == "cuda" else nullcontext():
         return run_train(folder, res_dir, options, monkeypatch)
