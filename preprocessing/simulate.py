@@ -145,7 +145,7 @@ def main() -> None:
             if getattr(args, name) not in (None, False):
                 raise UserError(f"--{name} has no meaning with --rasters; leave one of them out.")
         with as_user_error(ImportError, prefix="--rasters needs the packages of requirements-geo.txt: "):
-            from preprocessing.simulation.rasters import simulate_rasters
+            from preprocessing.images.simulated import simulate_rasters
         simulate_rasters(args.out, args.parcels, args.seed)
         what = f"{T} images of {C} bands and a cloud mask"
     else:

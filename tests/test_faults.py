@@ -89,7 +89,7 @@ def test_full_disk_while_predicting(folder: Path, tmp_path: Path, monkeypatch: p
 
     line = f"--dataset_folder {folder} --weight_dir {res_dir} --output_dir {tmp_path / 'out'}"
     assert wait(start(predict, line.split(), tmp_path / "predict.log")) == 2
-    assert "predictions.csv cannot be written" in (tmp_path / "predict.log").read_bytes().decode()
+    assert "out cannot be written" in (tmp_path / "predict.log").read_bytes().decode()
     assert not (tmp_path / "out" / predictions.TABLE).exists()
 
 

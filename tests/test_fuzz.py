@@ -339,5 +339,6 @@ def test_ids_do_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None:
     assert dataset.pid == ["1", "2", "3", "4"]
     made = {p for p in tmp_path.rglob("*") if p not in outside}
     assert all(
-        p.is_relative_to(folder) and p.name.startswith((".PACKED", "PACKED", "pixels", "index")) for p in made
+        p.is_relative_to(folder) and p.name.startswith((".PACKED", "PACKED", "pixels", "index", "missing"))
+        for p in made
     )
