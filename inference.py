@@ -22,7 +22,6 @@ from data.settings import EXTRA_FEATURE
 from dataset import UNKNOWN, PixelSetData, batch_loader, find_norm
 from learning.calibration import read_threshold
 from learning.options import (
-    DataShape,
     add_architecture_options,
     add_data_options,
     check_typed,
@@ -32,7 +31,7 @@ from learning.options import (
 from learning.predictions import OUTPUTS, TABLE, Jury, Telling, describe_scores, predict, write_predictions
 from learning.results import CONFIG, prepare_output, read_confusions
 from learning.run import Run, open_run, published_run
-from models.architecture import Architecture, read_preset
+from models.architecture import Architecture, DataShape, read_preset
 from models.ensemble import Ensemble
 from models.weights import choose_folds
 from preprocessing.parcels import read_outlines

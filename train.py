@@ -28,7 +28,6 @@ from learning.crossvalidation import Machine, train_folds
 from learning.engine import OPTIMIZERS, SCHEDULES
 from learning.focal_loss import LOSSES
 from learning.options import (
-    DataShape,
     add_architecture_options,
     add_data_options,
     check_sizes,
@@ -38,7 +37,7 @@ from learning.options import (
 )
 from learning.results import CONFIG, prepare_folder, save_overall
 from learning.run import Run, Training
-from models.architecture import read_preset
+from models.architecture import DataShape, read_preset
 from preprocessing.simulate import embedded_dataset
 from reports.plots import plot_confusion, plot_training, save_figure
 from reports.report import write_report

@@ -18,9 +18,9 @@ from data.settings import CLASSES_20, DataSettings
 from dataset import PixelSetData, batch_loader, find_norm
 from learning.engine import evaluation, train_epoch
 from learning.focal_loss import FocalLoss
-from learning.options import DataShape, resolve_architecture
+from learning.options import resolve_architecture
 from learning.weight_init import freeze_idle_biases, weight_init
-from models.architecture import read_preset
+from models.architecture import DataShape, read_preset
 from preprocessing.simulate import simulate
 
 DEFAULT, LARGEST = "LTAE/112k", "LTAE/3840k"

@@ -7,7 +7,7 @@ configuration of a trained run); the published default. A size that is not typed
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,15 @@ from data.metadata import LabelsTable, choose_nomenclature, read_units
 from data.packing import check_folder
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from dataset import PixelSetData, PixelSetData_preloaded, find_norm
-from models.architecture import Architecture, Size, chosen_encoder, default_settings, flags, known_encoders
-
-
-@dataclass(frozen=True)
-class DataShape:
-    """What the data tell of an architecture.
-
-    Attributes:
-        n_channels: C.
-        n_dates: L, None for dates that vary.
-        n_extra: F.
-        n_classes: number of classes to tell apart.
-        date_positions: day of each date, (L,); None for dates that vary.
-        day_range: first and last day of any parcel.
-    """
-
-    n_channels: int
-    n_dates: int | None
-    n_extra: int
-    n_classes: int
-    date_positions: Sequence[int] | None = None
-    day_range: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def of(cls, dataset: PixelSetData, n_classes: int) -> "DataShape":
-        """That of a dataset."""
-        n_dates, positions = (None, None) if dataset.varying else (dataset.n_dates, dataset.date_positions)
-        return cls(dataset.n_channels, n_dates, dataset.n_extra, n_classes, positions, dataset.day_range)
+from models.architecture import (
+    Architecture,
+    DataShape,
+    Size,
+    chosen_encoder,
+    default_settings,
+    flags,
+    known_encoders,
+)
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:

@@ -18,10 +18,10 @@ from data.parts import PARTS, Parts, data_key, fingerprints
 from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
 from learning.calibration import read_temperature
-from learning.options import DataShape, resolve_architecture
+from learning.options import resolve_architecture
 from learning.predictions import Jury, Predictions, join, predict
 from learning.results import CONFIG, NORMALISATION, load_normalisation
-from models.architecture import Architecture, default_settings, flags, known_encoders
+from models.architecture import Architecture, DataShape, default_settings, flags, known_encoders
 from models.ensemble import Ensemble, load_members
 from models.stclassifier import PseClassifier
 from models.weights import choose_folds

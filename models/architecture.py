@@ -174,6 +174,33 @@ class Architecture:
         return cls(encoder, **{name: config[name] for name in shared}, n_dates=config["lms"], sizes=sizes)
 
 
+@dataclass(frozen=True)
+class DataShape:
+    """What the data tell of an architecture.
+
+    Attributes:
+        n_channels: C.
+        n_dates: L, None for dates that vary.
+        n_extra: F.
+        n_classes: number of classes to tell apart.
+        date_positions: day of each date, (L,); None for dates that vary.
+        day_range: first and last day of any parcel.
+    """
+
+    n_channels: int
+    n_dates: int | None
+    n_extra: int
+    n_classes: int
+    date_positions: Sequence[int] | None = None
+    day_range: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, dataset: Any, n_classes: int) -> DataShape:
+        """That of a `PixelSetData`."""
+        n_dates, positions = (None, None) if dataset.varying else (dataset.n_dates, dataset.date_positions)
+        return cls(dataset.n_channels, n_dates, dataset.n_extra, n_classes, positions, dataset.day_range)
+
+
 def flags() -> list[str]:
     """Names of the flags that choose an encoder other than the default one."""
     return [name for name in known_encoders() if name != DEFAULT_ENCODER]

@@ -29,8 +29,9 @@ from learning import crossvalidation
 from learning.checkpoints import STATE
 from learning.engine import OPTIMIZERS, ReplayedSteps, train_epoch
 from learning.focal_loss import FocalLoss
-from learning.options import DataShape, resolve_architecture
+from learning.options import resolve_architecture
 from learning.weight_init import weight_init
+from models.architecture import DataShape
 from reports import attention
 from tests.commands import run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta

@@ -20,8 +20,8 @@ import figure2  # noqa: F401  # and with it what the other scripts import: once 
 import inference  # noqa: F401
 import train  # noqa: F401
 from benchmarks import measure
-from learning.options import DataShape, resolve_architecture
-from models.architecture import read_preset
+from learning.options import resolve_architecture
+from models.architecture import DataShape, read_preset
 from models.layers import trainable_parameters
 from tests.processes import PATIENCE, start, start_ranks, wait
 

@@ -14,10 +14,10 @@ from data.folds import fold_splits
 from dataset import PixelSetData
 from learning import crossvalidation
 from learning.metrics import confusion_matrix_analysis
-from learning.options import DataShape, choose_classes, resolve_architecture
+from learning.options import choose_classes, resolve_architecture
 from learning.results import load_normalisation
 from learning.run import open_run
-from models.architecture import PRESETS, read_preset
+from models.architecture import PRESETS, DataShape, read_preset
 from models.layers import trainable_parameters
 from models.stclassifier import PseLTae_pretrained
 from tests.commands import run_train
