@@ -33,6 +33,11 @@ class Batch(NamedTuple):
         sets = self.pixels, self.mask
         return sets if self.extra is None else (sets, self.extra)
 
+    def of(self, i: int) -> "Batch":
+        """What one parcel has: (L', C, S), ..., on the dates that are present; they come first."""
+        n = self.mask.shape[1] if self.present is None else int(self.present[i].sum())
+        return Batch(*(None if x is None else x[i, :n] for x in self[:4]))
+
 
 Series = Batch  # its name since it came with dates that vary
 
@@ -50,6 +55,14 @@ def send(values: np.ndarray | Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=True)
 
 
+def take_dates(pixels: Tensor, place: Tensor) -> Tensor:
+    """The dates at the places (B, L') of each parcel's pixels (B, L, C, S): (B, L', C, S), pixel-major in memory."""
+    B, L, C, S = pixels.shape
+    pixel = torch.arange(B * S, device=pixels.device).view(B, S, 1)
+    rows = (pixel * L + place.unsqueeze(1)).flatten()
+    return memory(pixels).flatten(0, 2).index_select(0, rows).view(B, S, -1, C).permute(0, 2, 3, 1)
+
+
 def present_first(batch: Batch) -> tuple[Batch, Tensor]:
     """Moves each parcel's dates that are present, in their order, before the absent ones.
 
@@ -59,7 +72,8 @@ def present_first(batch: Batch) -> tuple[Batch, Tensor]:
     """
     present, device = batch.present, batch.mask.device
     if present is None:
-        present = (batch.mask != 0).any(2).cpu().numpy()
+        present = (batch.mask != 0).any(2)
+    present = present.cpu().numpy() if isinstance(present, Tensor) else present
     n = present.sum(1)
     most = max(1, int(n.max()))
     first = np.arange(present.shape[1]) < n[:, None]
@@ -69,5 +83,6 @@ def present_first(batch: Batch) -> tuple[Batch, Tensor]:
     else:
         place = send(np.argsort(~present, axis=1, kind="stable")[:, :most], device)
         parcel = torch.arange(len(n), device=device).unsqueeze(1)
-        fields = [None if x is None else x[parcel, place] for x in batch[:4]]
+        others = [None if x is None else x[parcel, place] for x in batch[1:4]]
+        fields = [take_dates(batch.pixels, place), *others]
     return Batch(*fields, first[:, :most]), place

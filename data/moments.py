@@ -1,11 +1,14 @@
-"""Mean and standard deviation of pixels that come in pieces, and their file."""
+"""Mean and standard deviation of pixels: of values that come in pieces, their file, and which to normalise with."""
 
 import pickle
 from pathlib import Path
 
 import numpy as np
+from torch.utils.data import Dataset
 
+from common.errors import UserError
 from common.files import write_bytes
+from data.metadata import Arrays, read_norm
 
 NORM = "normalisation_values.pkl"
 PUBLISHED_NORM = "S2-2017-T31TFM-meanstd.pkl"  # its name in the published dataset
@@ -59,3 +62,29 @@ class Moments:
 def write_norm(path: Path, norm: tuple[np.ndarray, np.ndarray]) -> None:
     """Writes a pickled (mean, std), in the protocol that older NumPy and Python releases wrote too."""
     write_bytes(path, pickle.dumps(norm, protocol=4))
+
+
+def find_norm(dataset: Dataset, path: str | Path | None = None) -> tuple[Arrays, str]:
+    """Mean and standard deviation to normalise a dataset with, and a line that says where they come from.
+
+    From `path` if given, else from the dataset folder, else computed: per date and channel, or per channel for a
+    varying dataset, so that they serve other dates.
+    """
+    candidates = [dataset.folder / name for name in (PUBLISHED_NORM, NORM)] if path is None else [Path(path)]
+    if dataset.until is not None and path is None:  # the folder's know of later dates
+        described = f"mean and standard deviation computed per channel, until {dataset.until}"
+        return dataset.statistics(), described
+    for candidate in candidates:
+        if path is not None or candidate.exists():
+            norm = read_norm(candidate, dataset.norm_shape)
+            if not dataset.varying or all(values.ndim < 2 for values in norm):
+                return norm, f"mean and standard deviation from {candidate}"
+            if path is not None:
+                raise UserError(
+                    f"--norm {candidate} has values per date, which do not serve varying dates; give one value per channel."
+                )
+            break
+    per = "channel" if dataset.varying else "date"
+    mean, std = dataset.store.statistics(per)
+    described = "per channel, to serve any dates" if dataset.varying else "per date and channel"
+    return (mean, np.where(std > 0, std, 1)), f"mean and standard deviation computed {described}"

@@ -13,7 +13,8 @@ from filelock import FileLock
 
 from common.errors import UserError
 from common.progress import progress_bar
-from data.store import PixelStore, missing_file, presence, remove_unless_read
+from data.missing import presence
+from data.store import PixelStore, missing_file, remove_unless_read
 
 FORMAT = 4  # part of every store's name: raise it when the layout changes
 

@@ -113,6 +113,44 @@ class DataSettings:
                 "the data with the --scale and --offset of the training, or give their own --norm."
             )
 
+    def arguments(self, folder: Path, labels_optional: bool) -> dict[str, Any]:
+        """Keyword arguments of `PixelSetData` for a dataset.
+
+        Args:
+            folder: the dataset.
+            labels_optional: whether a dataset without the labels will do.
+
+        Raises:
+            UserError: if a file is not as expected, or the dataset is in other units.
+        """
+        self.check_units(folder)
+        labels = self.labels_in(folder, optional=labels_optional)
+        return {
+            "labels": labels,
+            "npixel": self.npixel,
+            "sub_classes": None if labels is None else self.classes,
+            "extra_feature": EXTRA_FEATURE if self.n_extra else None,
+            "extra_stats": self.extra_stats,
+            "nodata": self.nodata_in(folder),
+            "season_start": self.season_start,
+            "until": self.until,
+            "varying": self.varying,
+        }
+
+    def check_shape(self, folder: Path, varying: bool, n_dates: int, n_channels: int) -> None:
+        """Raises a UserError for a dataset that has other dates or channels than the training's."""
+        if varying and self.n_dates is not None:
+            raise UserError(
+                f"the model was trained on dates that all parcels share, but {folder} has other dates for each parcel, or "
+                "observations are missing; train one with --varying_dates."
+            )
+        for what, expected, found in (
+            ("channels", self.n_channels, n_channels),
+            ("dates", self.n_dates, n_dates),
+        ):
+            if expected not in (None, found):
+                raise UserError(f"the model was trained on {expected} {what} but {folder} has {found}.")
+
     def labels_in(self, folder: Path, optional: bool = False) -> Mapping[str, int | str] | None:
         """Labels by parcel id in a dataset; None for a dataset without labels.
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_bytes
 from common.progress import progress_bar
+from data.missing import find_missing, presence
 from data.moments import Moments
 
 try:
@@ -34,66 +35,6 @@ except ImportError:  # on Windows, which does not remove files that are open
     fcntl = None
 
 _CHUNK = 2**24  # numbers copied to a device at a time
-
-
-def find_missing(values: np.ndarray, nodata: float | None, axis: int) -> np.ndarray | None:
-    """Which pixels are missing on which date: NaN or `nodata` in all their channels.
-
-    Args:
-        values: pixels by date, with their channels along `axis`.
-        nodata: the value that means missing, besides NaN; None if there is none.
-        axis: of the channels.
-
-    Returns:
-        Truth values in the shape of `values` without that axis; None if none is missing.
-    """
-    if nodata is not None and values.dtype.kind in "ui" and float(nodata).is_integer():
-        nodata = int(nodata)  # or else all values would be converted to be compared
-
-    def is_missing(numbers: np.ndarray) -> np.ndarray:
-        found = numbers == nodata if nodata is not None else np.zeros(numbers.shape, bool)
-        return found | np.isnan(numbers) if numbers.dtype.kind == "f" else found
-
-    pixels = np.moveaxis(values, axis, -1)
-    missing = is_missing(pixels[..., 0])  # the first channel tells of most that they are not
-    places = np.nonzero(missing)
-    missing[places] = is_missing(pixels[places]).all(-1)
-    return missing if missing.any() else None
-
-
-def presence(name: Path, values: np.ndarray, nodata: float | None) -> tuple[bool, bool]:
-    """Whether no pixel of a parcel (L, C, S) is missing on any date, and whether some pixel is present on some date.
-
-    Raises:
-        UserError: naming the file, if it holds values that no model can compute with.
-    """
-    check_values(name, values, nodata)
-    missing = find_missing(values, nodata, axis=1)
-    return (True, values.shape[2] > 0) if missing is None else (False, not missing.all())
-
-
-def check_values(name: Path, values: np.ndarray, nodata: float | None) -> None:
-    """Raises a UserError if a parcel (L, C, S) holds infinity, or pixels that are NaN in some channels only."""
-    if values.dtype.kind != "f":
-        return
-    with np.errstate(over="ignore"):
-        infinite = np.isinf(values.astype(np.float32, copy=False))  # what the models compute with
-    if nodata is not None:
-        infinite &= values != nodata
-    if infinite.any():
-        date, channel, _ = np.argwhere(infinite)[0]
-        raise UserError(
-            f"{name} contains infinity or a number beyond 3e38 (first at date {date}, channel {channel}); write NaN "
-            "in all channels of a pixel that is missing on a date."
-        )
-    undefined = np.isnan(values)
-    partly = undefined.any(1) != undefined.all(1)
-    if partly.any():
-        date, pixel = np.argwhere(partly)[0]
-        raise UserError(
-            f"{name} has a pixel that is NaN in some of its channels only (date {date}, pixel {pixel}); write NaN in "
-            "all channels of a pixel that is missing on a date, or leave the channel out."
-        )
 
 
 class PixelStore:
@@ -122,13 +63,16 @@ class PixelStore:
             self.n_channels = int(index["n_channels"])
         self._check_index()
         self.n_dates = int(self.dates[0]) if (self.dates == self.dates[0]).all() else None
-        self._first = np.concatenate([[0], np.cumsum(self.sizes * self.dates * self.n_channels)])
+        ends = np.concatenate([[0], np.cumsum(self.sizes * self.dates * self.n_channels)])
         self._values = np.load(path / "pixels.npy", mmap_mode=None if in_memory else "r", allow_pickle=False)
-        if self._values.shape != (self._first[-1] + max(self.dates) * self.n_channels,):
+        if self._values.shape != (ends[-1] + max(self.dates) * self.n_channels,):
             raise ValueError("pixels.npy does not hold what index.npz says")
         self._state = _file_state(path / "pixels.npy")
         if self.n_dates is not None:
             self._rows = self._values.reshape(-1, self.n_dates * self.n_channels)
+        first = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._first_rows = torch.from_numpy(np.where(self.sizes > 0, first[:-1], first[-1]))
+        self._first = np.where(self.sizes > 0, ends[:-1], ends[-1])
         self._on_device: Tensor | None = None
         with _one_at_a_time(path / missing_file(nodata)):
             self.complete, self.observed = self._find_missing()
@@ -183,47 +127,81 @@ class PixelStore:
             )
 
     @property
-    def first_rows(self) -> np.ndarray:
-        """Row of each parcel's first pixel, (N,); for a parcel without pixels a row of zeros, the store's last."""
-        rows = np.concatenate([[0], np.cumsum(self.sizes)])
-        return np.where(self.sizes > 0, rows[:-1], rows[-1])
-
-    @property
     def n_bytes(self) -> int:
         """Room that the pixels take."""
         return self._values.nbytes
 
-    def read(self, rows: Tensor, out: Tensor) -> None:
-        """Reads the pixels at the given rows into `out`, (len(rows), L * C), of any floating type.
+    def locate(self, places: Tensor, pixels: Tensor) -> Tensor:
+        """Where pixels begin, for `read`: (B, S), on the device of the store.
 
-        For stores whose parcels have equally many dates; rows count the pixels of all parcels.
+        Args:
+            places: of the parcels in `ids`, (B,).
+            pixels: which of each parcel's, (B, S); the first one of a parcel without pixels is 0 everywhere.
         """
-        if self._on_device is None:
-            out.copy_(torch.from_numpy(self._rows.take(rows.numpy(), axis=0)))
-        elif self._rows.dtype == np.uint16:
-            out.copy_(self._on_device.index_select(0, rows).int().bitwise_and_(0xFFFF))
-        else:
-            out.copy_(self._on_device.index_select(0, rows))
+        if self.n_dates is not None:
+            return self._first_rows[places].unsqueeze(1) + pixels
+        n_numbers = torch.from_numpy(self.dates[places.numpy()] * self.n_channels)
+        return torch.from_numpy(self._first[places.numpy()]).unsqueeze(1) + pixels * n_numbers.unsqueeze(1)
+
+    def read(self, begin: Tensor, n_dates: int) -> Tensor:
+        """Reads pixels, in the type of the files, into the memory of the device of the store.
+
+        Args:
+            begin: from `locate`, (B, S).
+            n_dates: how many dates L of each; those beyond a parcel's own are without meaning.
+
+        Returns:
+            (B, S, L, C).
+        """
+        if self._on_device is not None:
+            values = self._on_device.index_select(0, begin.flatten()).view(self._dtype)
+        elif self.n_dates is not None:
+            values = torch.from_numpy(self._rows.take(begin.flatten().numpy(), axis=0))[
+                :, : n_dates * self.n_channels
+            ]
+        else:  # windows on all numbers, one beginning at each
+            numbers, width = np.asarray(self._values), n_dates * self.n_channels
+            shape, strides = (len(numbers) - width + 1, width), 2 * numbers.strides
+            windows = np.ndarray(shape, numbers.dtype, numbers, strides=strides)
+            values = torch.from_numpy(windows[begin.flatten().numpy()])
+        return values.unflatten(1, (n_dates, self.n_channels)).unflatten(0, begin.shape)
 
     def parcel(self, place: int) -> np.ndarray:
         """The pixels of the parcel at a place in `ids`, (S, L, C), in the type of the files."""
-        values = np.asarray(self._values)[
-            self._first[place] : self._first[place + 1]
-        ]  # a plain array: less overhead
-        return values.reshape(self.sizes[place], self.dates[place], self.n_channels)
+        shape = self.sizes[place], self.dates[place], self.n_channels
+        first, n_numbers = self._first[place], np.prod(shape)
+        return np.asarray(self._values)[first : first + n_numbers].reshape(
+            shape
+        )  # a plain array: less overhead
+
+    def look(
+        self, place: int, rows: np.ndarray | slice = slice(None)
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The pixels of a parcel on some of its dates, (S, L, C), and which are missing, (S, L); None if none is."""
+        pixels = self.parcel(place)[:, rows]
+        return pixels, None if self.complete[place] else find_missing(pixels, self.nodata)
+
+    def is_observed(self, place: int, rows: np.ndarray) -> bool:
+        """Whether some pixel of a parcel is present on some of these dates."""
+        if not self.observed[place] or not len(rows):
+            return False
+        missing = None if len(rows) == self.dates[place] else self.look(place, rows)[1]
+        return missing is None or not missing.all()
 
     def to(self, device: torch.device) -> "PixelStore":
         """The same store with its pixels in the memory of a device, where `read` then works."""
-        view = copy.copy(self)
-        if self._rows.dtype == np.uint16:
-            rows = self._rows.view(np.int16)  # same bits: devices select rows of signed types only
-        elif self._rows.dtype.kind == "u" and self._rows.dtype.itemsize > 1:
-            rows = self._rows.astype(np.float32)
-        else:
-            rows = self._rows
+        view, rows = copy.copy(self), self._rows
+        if rows.dtype.kind == "u" and rows.dtype.itemsize > 2:
+            rows = rows.astype(np.float32)
+        elif rows.dtype == np.uint16:
+            rows = rows.view(np.int16)  # same bits: devices select rows of signed types only
+        view._dtype = (
+            torch.uint16 if self._rows.dtype == np.uint16 else torch.from_numpy(rows[:1].copy()).dtype
+        )
         view._on_device = torch.empty(
             rows.shape, dtype=torch.from_numpy(rows[:1].copy()).dtype, device=device
         )
+        view._first_rows = self._first_rows.to(device)
         step = max(1, _CHUNK // rows.shape[1])
         for start in progress_bar(range(0, len(rows), step), f"pixels to {device}", "chunks"):
             view._on_device[start : start + step] = torch.from_numpy(np.array(rows[start : start + step]))
@@ -245,8 +223,8 @@ class PixelStore:
     def _compute_statistics(self, per: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
         moments = Moments(per)
         for i in progress_bar(range(len(self.ids)), "mean and standard deviation", "parcels"):
-            values = self.parcel(i).transpose(1, 2, 0)
-            moments.add(values, None if self.complete[i] else find_missing(values, self.nodata, axis=1))
+            pixels, missing = self.look(i)
+            moments.add(pixels.transpose(1, 2, 0), None if missing is None else missing.T)
         mean, std = moments.result()
         _keep(path, mean=mean, std=std)
         return mean, std

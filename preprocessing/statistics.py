@@ -17,9 +17,9 @@ from common.files import write_json
 from common.flags import Parser
 from common.progress import progress_bar
 from data.metadata import read_info
+from data.missing import check_values, find_missing
 from data.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
 from data.packing import Files, check_folder, read_headers
-from data.store import check_values, find_missing
 from preprocessing.parcels import read_outlines
 
 
@@ -44,7 +44,8 @@ def scan(files: Files, per: str | None, nodata: float | None) -> tuple[np.ndarra
     for i, path in enumerate(progress_bar(files.paths, "mean and standard deviation", "parcels")):
         values = files.read(i)
         check_values(path, values, nodata)
-        moments.add(values, find_missing(values, nodata, axis=1))
+        missing = find_missing(values.transpose(2, 0, 1), nodata)
+        moments.add(values, None if missing is None else missing.T)
     return moments.result()
 
 

@@ -35,10 +35,8 @@ def packs(parent: Path) -> list[str]:
 
 def read_all(store: PixelStore) -> np.ndarray:
     """All pixels through the store's own reading, (pixels, T * C)."""
-    n = int(store.sizes.sum())
-    out = torch.empty(n, store.n_dates * store.n_channels, dtype=torch.float64)
-    store.read(torch.arange(n), out=out)
-    return out.numpy()
+    rows = torch.arange(int(store.sizes.sum())).unsqueeze(1)
+    return store.read(rows, store.n_dates).flatten(1).double().numpy()
 
 
 def check(store: PixelStore, folder: Path) -> None:
@@ -63,10 +61,29 @@ def test_content_equals_the_files(folder, in_memory):
     store = open_store(folder, in_memory=in_memory)
     assert store.ids.tolist() == sorted(IDS)
     check(store, folder)
-    order = torch.tensor([5, 0, 48, 5])
-    out = torch.empty(4, 20)
-    store.read(order, out=out)
-    np.testing.assert_array_equal(out, read_all(store)[order.numpy()])
+    places, pixels = torch.tensor([4, 1, 0, 5]), torch.tensor([[6, 0], [0, 0], [1, 1], [29, 3]])
+    found = store.read(store.locate(places, pixels), store.n_dates)
+    for place, chosen, values in zip(places, pixels, found):
+        file = np.load(folder / "DATA" / f"{sorted(IDS)[place]}.npy")
+        expected = file[:, :, chosen] if file.shape[2] else np.zeros((5, 4, 2))
+        np.testing.assert_array_equal(values.permute(1, 2, 0), expected)
+
+
+@pytest.mark.parametrize("dtype", ["u2", "f4", "i8"])
+def test_pixels_of_parcels_with_dates_of_their_own(folder, dtype):
+    """Beyond a parcel's own dates anything may be read, but nothing is read beyond the file."""
+    for i, parcel in enumerate(IDS):
+        path = folder / "DATA" / f"{parcel}.npy"
+        np.save(path, np.load(path)[: 1 + i % 5].astype(dtype))
+    store = open_store(folder)
+    assert store.n_dates is None
+    places, pixels = torch.tensor([5, 1, 2, 0, 4]), torch.tensor([[29, 0], [0, 0], [1, 0], [6, 3], [0, 8]])
+    found = store.read(store.locate(places, pixels), 5)
+    assert found.shape == (5, 2, 5, 4)
+    for place, chosen, values in zip(places.tolist(), pixels, found):
+        own = store.parcel(place)
+        expected = own[chosen] if len(own) else np.zeros((2, *own.shape[1:]))
+        np.testing.assert_array_equal(values[:, : own.shape[1]], expected)
 
 
 def test_a_pickled_store_is_opened_again_not_copied(tmp_path):

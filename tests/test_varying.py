@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from data.batch import Series
+from data.batch import Batch
+from data.draws import parcel_keys, stream_key, uniform_values
 from data.samplers import BatchSampler
 from dataset import PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
 from tests.commands import run_inference, run_train
@@ -77,7 +78,7 @@ def test_a_batch_holds_what_the_files_say(folder):
     assert dataset.varying and dataset.date_positions is None and dataset.n_unobserved == 1
     assert dataset.pid == [str(i) for i in range(1, 17) if i != 11]
     data, _ = dataset.evaluation(3).batch(range(len(dataset)))
-    assert isinstance(data, Series) and data.pixels.isfinite().all()
+    assert isinstance(data, Batch) and data.pixels.isfinite().all()
     for i, parcel in enumerate(dataset.pid):
         expected = reference(folder, parcel, first_day(folder))
         n_pixels = expected[0][1].shape[1]
@@ -194,7 +195,7 @@ def test_missing_may_be_nan_too(folder):
         np.save(path, np.where((x == 0).all(1, keepdims=True), np.nan, x))
     write_meta(folder, "info", {})
     found, _ = open_folder(folder).evaluation(3).batch(range(15))
-    assert all(torch.equal(a, b) for a, b in zip(plain, found))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:4], found[:4]))
 
 
 def test_nodata_of_the_flag_wins(folder):
@@ -272,6 +273,88 @@ def test_a_table_of_median_series_is_a_dataset_of_single_pixels(tmp_path):
         np.save(path, np.load(path)[:, :, 0])
     found, _ = PixelSetData(folder, NOMENCLATURE, S, jitter=None).evaluation(1).batch(range(12))
     assert torch.equal(found[0], expected[0]) and found[1].sum() == 12 * 5
+
+
+# ------------------------------------------------------------------------------------------- functions of people
+
+
+def fade(batch: Batch, keys: Tensor) -> Batch:
+    """Multiplies each parcel by a number of its own, moves its days, and masks its second date."""
+    factor = uniform_values(keys, 1).float()
+    mask = batch.mask.clone()
+    mask[:, 1:2] = 0
+    return batch._replace(
+        pixels=batch.pixels * factor.view(-1, 1, 1, 1), mask=mask, days=batch.days + 7, extra=batch.extra + 1
+    )
+
+
+def brighten(batch: Batch, keys: Tensor) -> Batch:
+    """Adds to each parcel a number of its own, in place."""
+    batch.pixels.add_(uniform_values(keys, 1).float().view(-1, 1, 1, 1))
+    return batch
+
+
+def test_own_functions_change_what_is_there_in_epochs_alone(folder):
+    plain, changed = open_folder(folder), open_folder(folder, augment=fade)
+    before, after = (dataset.epoch_draws(4).batch(range(15))[0] for dataset in (plain, changed))
+    keys = parcel_keys(stream_key("augment 0", 4), torch.tensor([int(parcel) for parcel in plain.pid]))
+    factor = uniform_values(keys, 1).float().flatten()
+    assert len(factor.unique()) == 15
+    for i, n in enumerate(before.present.sum(1)):
+        rest = [t for t in range(n) if t != 1]
+        assert after.present[i].tolist() == (len(rest) * [True] + (after.mask.shape[1] - len(rest)) * [False])
+        here = slice(0, len(rest))
+        assert torch.equal(after.pixels[i, here], before.pixels[i, rest] * factor[i])
+        assert torch.equal(after.mask[i, here], before.mask[i, rest])
+        assert torch.equal(after.days[i, here], before.days[i, rest] + 7)
+        assert torch.equal(after.extra[i, here], before.extra[i, rest] + 1)
+    fixed = [dataset.evaluation(1).batch(range(15))[0] for dataset in (plain, changed)]
+    assert all(torch.equal(a, b) for a, b in zip(fixed[0][:4], fixed[1][:4]))
+
+
+@pytest.mark.parametrize("varying", [False, True])
+def test_own_functions_come_in_their_order_and_do_not_depend_on_the_company(tmp_path, varying):
+    folder = write_folder(tmp_path / "data")
+    parcels = torch.tensor([int(parcel) for parcel in PixelSetData(folder, NOMENCLATURE, S).pid])
+
+    def load(items: list[int], augment: list | None) -> Tensor:
+        options = {"jitter": None, "varying": varying, "extra_feature": "geomfeat", "augment": augment}
+        data, _ = PixelSetData(folder, NOMENCLATURE, S, **options).epoch_draws(4).batch(items)
+        return data.pixels if varying else data[0][0]
+
+    first, second = (
+        uniform_values(parcel_keys(stream_key(f"augment {i}", 4), parcels), 1).float().view(-1, 1, 1, 1)
+        for i in range(2)
+    )
+
+    def stretch(batch: Batch, keys: Tensor) -> Batch:
+        return batch._replace(pixels=batch.pixels * uniform_values(keys, 1).float().view(-1, 1, 1, 1))
+
+    expected = (load(list(range(12)), None) + first) * second
+    assert torch.equal(load(list(range(12)), [brighten, stretch]), expected)
+    assert torch.equal(load([7], [brighten, stretch]), expected[7:8])
+
+
+def test_shared_dates_may_not_be_left_out(tmp_path):
+    dataset = PixelSetData(
+        write_folder(tmp_path / "data"), NOMENCLATURE, S, extra_feature="geomfeat", augment=fade
+    )
+    with pytest.raises(UserError, match="augment left no pixel on a date .*varying=True"):
+        dataset.epoch_draws(1).batch(range(12))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda batch, keys: batch.pixels,
+        lambda batch, keys: batch._replace(pixels=batch.pixels[:, :1]),
+        lambda batch, keys: batch._replace(extra=None),
+    ],
+)
+def test_an_own_function_that_returns_something_else_is_told_what_it_was_given(folder, wrong):
+    dataset = open_folder(folder, augment=wrong).epoch_draws(1)
+    with pytest.raises(UserError, match=r"augment .* pixels \(15, \d, 4, 6\), mask \(15, \d, 6\)"):
+        dataset.batch(range(15))
 
 
 # ------------------------------------------------------------------------------------------------- wrong input

@@ -1,0 +1,247 @@
+"""From raw numbers to what a model takes: steps (batch, keys) -> batch, for shared dates and for dates that vary.
+
+Steps that decide which dates there are, `fill_missing` to `first_dates`, work on raw numbers in the host's memory,
+since it must know how many there are. Those from `normalise` on work on floats in the memory of any device, and none
+makes the host wait for it.
+
+Pixels are pixel-major, (B, S, L, C) in memory, and a step may write to them. A step is called as (batch, draws) -> batch,
+with what it draws for each parcel, (B, ...), or None: draws are made for a whole batch at once, see `data.draws`, and do
+not depend on the company that a parcel is in. On a CPU a batch passes in parts of a few parcels, which stay in the cache.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.threads import share
+from data.batch import Batch, memory, present_first
+from data.draws import add_noise
+from data.missing import find_missing
+
+Step = Callable[[Batch, Tensor | None], Batch]
+Steps = Sequence[tuple[Step, Tensor | None]]  # with what they draw
+Part = slice | np.ndarray  # of the parcels of a batch
+PARCELS_PER_PART, NUMBERS_PER_PART = 32, 2**20  # at most, to stay in the cache
+
+
+def prepare(
+    frame: Batch,
+    read: Callable[[Part, int], Tensor],
+    raw_steps: Steps,
+    steps: Steps,
+    n_dates: np.ndarray,
+    n_channels: int,
+    changed: Sequence[str],
+) -> Batch:
+    """Reads the pixels of a batch and takes them through steps, part by part.
+
+    Args:
+        frame: all but the pixels, as the first step is to get it.
+        read: gives the raw pixels (P, L, C, S) of a part on so many dates L.
+        raw_steps, steps: what is done before and after raw numbers become floats.
+        n_dates: of each parcel's file, (B,).
+        n_channels: C.
+        changed: names of what the steps change beside the pixels.
+    """
+    B, L, S = frame.mask.shape
+
+    def load(part: Part, most: int, target: Tensor | None = None) -> Batch:
+        """A part, its floats in memory of its own, or in `target` if they fit."""
+        others = [None if x is None else x[part][:, :most] for x in frame[1:]]
+        batch = _take(Batch(read(part, most), *others), raw_steps, part)
+        fits = target is not None and batch.pixels.shape[1] == L
+        pixels = to_float(batch.pixels, target if fits else None)
+        return _take(batch._replace(pixels=pixels, mask=batch.mask.float()), steps, part)
+
+    if frame.mask.device.type != "cpu":
+        return load(slice(0, B), L)
+    target = torch.empty(B, S, L, n_channels)
+    zeros = {name: _zeros_like(getattr(frame, name)) for name in changed}
+    whole = frame._replace(pixels=target.permute(0, 2, 3, 1), **zeros)
+    size = max(1, min(PARCELS_PER_PART, NUMBERS_PER_PART // (S * L * n_channels)))
+    order = (
+        None if (n_dates == L).all() else n_dates.argsort(kind="stable")
+    )  # about as many dates go together
+
+    def fill(i: int) -> None:
+        part: Part = slice(i * size, (i + 1) * size)
+        if order is None:
+            batch = load(part, L, target[part])
+        else:
+            part = order[part]
+            batch = load(part, max(1, int(n_dates[part[-1]])))
+        _put(batch, whole, part, changed)
+
+    share(-(-B // size), fill)
+    return whole
+
+
+def _take(batch: Batch, steps: Steps, part: Part) -> Batch:
+    """Takes a part of a batch through steps."""
+    for step, draws in steps:
+        batch = step(batch, None if draws is None else draws[part])
+    return batch
+
+
+def _put(batch: Batch, whole: Batch, part: Part, changed: Sequence[str]) -> None:
+    """Writes a part of a batch to its place. What is beyond its dates, or on a date that is absent, becomes 0."""
+    n_dates, is_absent = batch.present.shape[1], ~batch.present
+    values = memory(batch.pixels)
+    if is_absent.any():
+        parcel, date = is_absent.nonzero()
+        values.numpy()[parcel, :, date] = 0
+    if isinstance(part, np.ndarray) or values.data_ptr() != whole.pixels[part].data_ptr():
+        values, target = values.flatten(2).numpy(), memory(whole.pixels).flatten(2).numpy()
+        target[part, :, : values.shape[2]] = values
+        target[part, :, values.shape[2] :] = 0
+    for name in changed:
+        values = np.asarray(getattr(batch, name))
+        there = batch.present.reshape(*batch.present.shape, *(1,) * (values.ndim - 2))
+        np.asarray(getattr(whole, name))[part, :n_dates] = np.where(there, values, 0)
+
+
+def list_steps(
+    drawn: Mapping[str, Tensor],
+    nodata: Sequence[float | None],
+    norm: tuple[Tensor, Tensor] | None,
+    by_date: bool,
+    noise: Tensor | None,
+    own: Sequence[Step],
+    varying: bool,
+) -> tuple[Steps, Steps]:
+    """What is done with raw numbers, and then with floats.
+
+    Args:
+        drawn: by name, of what is done only if it is drawn.
+        nodata: the value that means missing, besides NaN; none where no pixel is missing.
+        norm: scale and shift, (L, C) each; None to leave numbers as they are.
+        by_date: whether their rows differ.
+        noise: that jitter reads from.
+        own: functions of the user.
+        varying: whether they may leave out dates.
+    """
+    decide: list[tuple[Step, Tensor | None]] = [(fill_missing(value), None) for value in nodata]
+    if "left out" in drawn:
+        decide.append((drop_dates, drawn["left out"]))
+    move = [(first_dates, None)] if decide else []
+    steps = [] if norm is None else [(normalise(*norm), None)]
+    if by_date:
+        steps += move  # dates stay where their mean and deviation are until these are applied
+    else:
+        decide += move
+    if "noise" in drawn:
+        steps.append((add_jitter(noise), drawn["noise"]))
+    if "moved" in drawn:
+        steps.append((move_calendar, drawn["moved"]))
+    steps += [(augment(function, varying), drawn[f"augment {i}"]) for i, function in enumerate(own)]
+    return decide, steps
+
+
+def _zeros_like(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """As many numbers 0 of float32, or truth values False, each in memory of its own."""
+    return torch.zeros(x.shape) if isinstance(x, Tensor) else np.zeros_like(x)
+
+
+def fill_missing(nodata: float | None) -> Step:
+    """Masks the pixels that are missing on a date, and puts a copy of one that is present in the place of each."""
+
+    def step(batch: Batch, draws: Tensor | None) -> Batch:
+        pixels = memory(batch.pixels).numpy()
+        missing = find_missing(pixels, nodata)  # (B, S, L)
+        if missing is None:
+            return batch
+        B, S, L, C = pixels.shape
+        first = missing.argmin(1) * L + np.arange(L)  # that is present on a date, as a row of the parcel
+        places = np.flatnonzero(missing)
+        parcel = places // (S * L)
+        rows = pixels.reshape(-1, C)
+        rows[places] = rows.take(parcel * (S * L) + first[parcel, places % L], axis=0)
+        mask = batch.mask.numpy() & ~missing.transpose(0, 2, 1)
+        pixels = torch.from_numpy(pixels).permute(0, 2, 3, 1)
+        return batch._replace(pixels=pixels, mask=torch.from_numpy(mask), present=mask.any(2))
+
+    return step
+
+
+def drop_dates(batch: Batch, left_out: Tensor) -> Batch:
+    """Leaves out dates, where (B, L or more) says so, but never all that a parcel has."""
+    there = batch.present
+    kept = there & ~left_out[:, : there.shape[1]].numpy()
+    lost = np.flatnonzero(there.any(1) & ~kept.any(1))
+    kept[lost, there[lost].argmax(1)] = True
+    return batch._replace(mask=batch.mask & torch.from_numpy(kept).unsqueeze(2), present=kept)
+
+
+def first_dates(batch: Batch, draws: Tensor | None = None) -> Batch:
+    """Moves the dates that are present before the absent ones."""
+    return present_first(batch)[0]
+
+
+def to_float(pixels: Tensor, target: Tensor | None = None) -> Tensor:
+    """Raw pixels (B, L, C, S) as float32, in `target`, (B, S, L, C), if given, else in new memory."""
+    x = memory(pixels)
+    if x.dtype == torch.uint16 and x.device.type != "cpu":  # GPUs compute with signed types only
+        x = x.view(torch.int16).int().bitwise_and_(0xFFFF)
+    x = x.to(torch.float32, copy=True) if target is None else target.copy_(x)
+    return x.permute(0, 2, 3, 1)
+
+
+def normalise(scale: Tensor, shift: Tensor) -> Step:
+    """Makes x * scale + shift of pixels; both (L or more, C)."""
+
+    def step(batch: Batch, draws: Tensor | None) -> Batch:
+        x = memory(batch.pixels)
+        L = x.shape[2]
+        torch.addcmul(shift[:L], x, scale[:L], out=x)
+        return batch._replace(pixels=x.permute(0, 2, 3, 1))
+
+    return step
+
+
+def add_jitter(noise: Tensor) -> Step:
+    """Adds noise to all values, read from a store of it at places (B, S)."""
+
+    def step(batch: Batch, places: Tensor) -> Batch:
+        x = memory(batch.pixels)
+        add_noise(x.view(places.numel(), -1), places.flatten(), noise)
+        return batch._replace(pixels=x.permute(0, 2, 3, 1))
+
+    return step
+
+
+def move_calendar(batch: Batch, moved: Tensor) -> Batch:
+    """Moves all days of a parcel by as many, (B, 1)."""
+    return batch._replace(days=batch.days + moved)
+
+
+def augment(function: Step, varying: bool) -> Step:
+    """A user's function, whose result is looked at; where dates may vary, its mask says which are left.
+
+    Raises:
+        UserError: if it returns something else than a batch of the same parcels, dates, channels and pixels, or leaves out
+            a date that all parcels share.
+    """
+
+    def step(batch: Batch, draws: Tensor | None) -> Batch:
+        given, mask = [None if x is None else tuple(x.shape) for x in batch[:4]], batch.mask
+        found = function(batch, draws)
+        if (
+            not isinstance(found, Batch)
+            or [None if x is None else tuple(x.shape) for x in found[:4]] != given
+        ):
+            shapes = ", ".join(f"{name} {shape}" for name, shape in zip(Batch._fields, given) if shape)
+            raise UserError(
+                f"augment returned something else than a Batch of the shapes it was given: {shapes}."
+            )
+        if varying:
+            return present_first(found._replace(present=None))[0]
+        if found.mask is not mask and not (found.mask != 0).any(2).all():
+            raise UserError(
+                "augment left no pixel on a date that all parcels share; leave one, or open the dataset with varying=True."
+            )
+        return found
+
+    return step
