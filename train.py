@@ -22,6 +22,7 @@ from data.classes import read_class_names
 from data.folds import describe_splits, fold_splits, read_folds, read_splits
 from data.metadata import read_info
 from data.parts import Parts, data_key, fingerprints
+from data.prepare import AUGMENTATIONS
 from dataset import PixelSetData
 from learning.checkpoints import Log, begin_run, check_typed_settings, resumable
 from learning.crossvalidation import Machine, train_folds
@@ -156,6 +157,7 @@ def main() -> None:
         "dataset_folder": str(dataset.folder.resolve()),
         "geomfeat": int(dataset.n_extra > 0),
         "varying_dates": dataset.varying,
+        "augmentations": [function.__name__ for function in AUGMENTATIONS],
         "N_params": architecture.build().param_ratio(),
         "data_key": data_key(dataset.pid, dataset.target, splits),
         "class_names": class_names,

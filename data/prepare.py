@@ -24,6 +24,7 @@ from data.missing import find_missing
 Step = Callable[[Batch, Tensor | None], Batch]
 Steps = Sequence[tuple[Step, Tensor | None]]  # with what they draw
 Part = slice | np.ndarray  # of the parcels of a batch
+AUGMENTATIONS: list[Step] = []  # what a script adds here changes what train.py trains on
 PARCELS_PER_PART, NUMBERS_PER_PART = 32, 2**20  # at most, to stay in the cache
 
 

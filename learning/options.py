@@ -24,6 +24,7 @@ from common.flags import (
 )
 from data.metadata import LabelsTable, choose_nomenclature, read_units
 from data.packing import check_folder
+from data.prepare import AUGMENTATIONS
 from data.settings import CLASSES_20, EXTRA_FEATURE, LABELS, NPIXEL, DataSettings
 from dataset import PixelSetData, PixelSetData_preloaded, find_norm
 from models.architecture import (
@@ -159,6 +160,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         cache_dir=args.cache_dir,
         temporal_dropout=args.temporal_dropout,
         temporal_shift=args.temporal_shift,
+        augment=AUGMENTATIONS,
     )
     norm, source = find_norm(dataset, args.norm)
     dataset.set_norm(norm)

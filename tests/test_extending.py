@@ -153,6 +153,27 @@ def mine(clone: Path) -> Path:
     return clone / "results" / "mine"
 
 
+def test_an_augmentation_changes_training_alone(clone: Path) -> None:
+    command = "--dataset_folder path/to/dataset --epochs 1 --kfold 3 --npixel 6 --res_dir"
+    run(train.main, shlex.split(f"{command} plain"), clone)
+
+    def main() -> None:
+        runpy.run_path("my_augmentation.py", run_name="__main__")
+
+    run(main, shlex.split(f"{command} bright"), clone)
+    logs = [
+        json.loads((clone / name / "Fold_1" / "trainlog.json").read_text())["1"]
+        for name in ("plain", "bright")
+    ]
+    assert logs[0]["train_loss"] != logs[1]["train_loss"]
+    assert logs[0]["train_loss"] == pytest.approx(logs[1]["train_loss"], rel=0.2)
+    config = json.loads((clone / "bright" / "conf.json").read_text())
+    assert config["augmentations"] == ["vary_brightness"]
+    run(main, shlex.split(f"{command} bright --resume"), clone)
+    with pytest.raises(AssertionError, match="augmentations"):
+        run(train.main, shlex.split(f"{command} bright --resume"), clone)
+
+
 def test_names_in_tables_train_resume_and_show_in_the_results(clone: Path, mine: Path) -> None:
     config = json.loads((mine / "conf.json").read_text())
     assert [config[name] for name in ("loss", "optimizer", "schedule")] == ["smoothed", "adamw", "cosine"]
