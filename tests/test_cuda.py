@@ -125,7 +125,11 @@ class Case(NamedTuple):
     cuda: Path
 
 
-@pytest.fixture(scope="module", params=[(name, dates) for dates in DATES for name in FLAGS], ids="-".join)
+# TAE on dates that vary does little that L-TAE does not, and `count_steps` takes it too.
+CASES = [(name, dates) for dates in DATES for name in FLAGS if (name, dates) != ("TAE", "varying")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(
     request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Case:
@@ -405,7 +409,7 @@ def test_what_cannot_be_captured_is_said_once_and_done_without(
     folders: dict[str, Path], log: Log, capsys: pytest.CaptureFixture
 ) -> None:
     eager, other = Training(folders["shared"], False), Training(folders["shared"], True, Asking())
-    for epoch in (1, 2, 3):
+    for epoch in (1, 2):
         assert other.train(epoch) == eager.train(epoch)
     assert log.replays == 0
     (line,) = capsys.readouterr().err.splitlines()
@@ -460,9 +464,9 @@ def test_the_benchmark_of_a_gpu_runs(log: Log, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cuda, "all_configurations", lambda: ["GRU/15k"])
     monkeypatch.setattr(cuda.Training, "count_kernels", lambda self: 7)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    rows = dict(cuda.measure(CUDA, cuda.Sizes(parcels=42, steps=2)))
-    assert any("42" in name and "graph" in name for name in rows) and any("GRU/15k" in name for name in rows)
-    assert log.replays == (3 * 10 - 3) + (8 + 2 - 3)  # all whole batches but the first three
+    rows = dict(cuda.measure(CUDA, cuda.Sizes(parcels=18, steps=2)))
+    assert any("18" in name and "graph" in name for name in rows) and any("GRU/15k" in name for name in rows)
+    assert log.replays == (3 * 4 - 3) + (8 + 2 - 3)  # all whole batches but the first three
     assert cuda.IMITATED_KERNELS == MOST_KERNELS
     assert "7" in rows.values()
 
