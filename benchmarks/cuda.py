@@ -184,7 +184,9 @@ class Training:
         torch.cuda.synchronize()
         drawn = perf_counter()
         loader = batch_loader(
-            self.drawn, BatchSampler(range(parcels), BATCH_SIZE, self.epoch, drop_single=True), 0
+            self.drawn,
+            BatchSampler(range(min(parcels, len(self.drawn))), BATCH_SIZE, self.epoch, drop_single=True),
+            0,
         )
         what = self.model, self.optimizer, self.criterion, loader, self.device, N_CLASSES
         train_epoch(*what, replayed=self.replayed)

@@ -461,12 +461,14 @@ def test_the_benchmark_of_a_gpu_runs(log: Log, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(cuda, "simulate", simulate_little)
     monkeypatch.setattr(cuda, "BATCH_SIZE", 4)
-    monkeypatch.setattr(cuda, "all_configurations", lambda: ["GRU/15k"])
+    monkeypatch.setattr(cuda, "all_configurations", lambda: ["TempCNN/14k"])
     monkeypatch.setattr(cuda.Training, "count_kernels", lambda self: 7)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    rows = dict(cuda.measure(CUDA, cuda.Sizes(parcels=18, steps=2)))
-    assert any("18" in name and "graph" in name for name in rows) and any("GRU/15k" in name for name in rows)
-    assert log.replays == (3 * 4 - 3) + (8 + 2 - 3)  # all whole batches but the first three
+    rows = dict(cuda.measure(CUDA, cuda.Sizes(parcels=10, steps=2)))
+    assert any("10" in name and "graph" in name for name in rows) and any(
+        "TempCNN/14k" in name for name in rows
+    )
+    assert log.replays == (3 * 2 - 3) + (2 + 2 - 3)  # all whole batches but the first three
     assert cuda.IMITATED_KERNELS == MOST_KERNELS
     assert "7" in rows.values()
 
