@@ -1,9 +1,9 @@
 # make train: sets up .venv and trains on the embedded simulated dataset.   make test: the same set-up with all optional
-# packages, then all tests.
+# packages, then all tests.   make gpu PYTHON=...: tests and measures on a GPU, with a Python that has all it needs.
 PYTHON ?= python3
 RES_DIR ?= results/simulated
 
-.PHONY: train test soak audit
+.PHONY: train test soak audit gpu
 
 train: .venv/.installed
 	.venv/bin/python train.py --epochs 15 --batch_size 32 --res_dir $(RES_DIR) $(if $(findstring --overwrite,$(OPTIONS)),,--resume) $(OPTIONS)
@@ -17,6 +17,11 @@ test: .venv/.everything
 soak: .venv/.everything
 	SOAK=1 .venv/bin/python -m pytest tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_soak.py \
 		tests/test_readme.py tests/test_train.py $(OPTIONS)
+
+# Nothing is installed: PyTorch must fit the machine's driver. Ends with 2 where there is no GPU.
+gpu:
+	@$(PYTHON) -c 'import torch, torchnet, pytest' || { echo "error: $(PYTHON) lacks packages; set PYTHON= to a Python that has PyTorch for CUDA, what requirements.txt lists, and pytest" >&2; exit 2; }
+	@$(PYTHON) -m benchmarks.cuda $(OPTIONS)
 
 # Known vulnerabilities of the packages that are installed, by a tool in an environment of its own.
 AUDIT = .venv/audit

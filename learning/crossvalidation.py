@@ -55,6 +55,8 @@ class Machine(NamedTuple):
             return "several processes train together"
         if dataset.device.type != "cuda":
             return "dates vary, or the GPU has no room for the pixels"
+        if dataset.augment:
+            return "nothing tells whether an augmentation of one's own can be captured"
         return None
 
 

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 
 import inference
 import train
+from benchmarks import cuda
+from common.errors import run_cli
 from common.machine import map_tensors
 from common.processes import join_ranks
 from data.device import DeviceLoader
@@ -32,6 +34,7 @@ from learning.focal_loss import FocalLoss
 from learning.options import resolve_architecture
 from learning.weight_init import weight_init
 from models.architecture import DataShape
+from preprocessing.simulate import simulate
 from reports import attention
 from tests.commands import run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
@@ -122,7 +125,11 @@ class Case(NamedTuple):
     cuda: Path
 
 
-@pytest.fixture(scope="module", params=[(name, dates) for dates in DATES for name in FLAGS], ids="-".join)
+# TAE on dates that vary does little that L-TAE does not, and `count_steps` takes it too.
+CASES = [(name, dates) for dates in DATES for name in FLAGS if (name, dates) != ("TAE", "varying")]
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(
     request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Case:
@@ -350,32 +357,32 @@ def test_the_host_seldom_waits_for_a_training_step(name: str, dates: str, folder
 
 
 class Training:
-    """Epochs of 15 parcels in batches of 4, the last one of 3, with dropout, on the imitated device."""
+    """Epochs of 15 parcels in batches of 4, the last one of 3, with dropout, on the device; also for `test_gpu.py`."""
 
-    def __init__(self, folder: Path, replay: bool, criterion: nn.Module | None = None) -> None:
-        dataset = open_folder(folder).to(CUDA)
+    def __init__(
+        self, folder: Path, replay: bool, criterion: nn.Module | None = None, name: str = "L-TAE"
+    ) -> None:
+        dataset, typed = open_folder(folder).to(CUDA), {FLAGS[name][2:]: True} if FLAGS[name] else {}
         torch.manual_seed(1)
-        self.model = (
-            resolve_architecture({}, {}, DataShape.of(dataset, 3)).build().apply(weight_init).to(CUDA)
-        )
+        architecture = resolve_architecture(typed, {}, DataShape.of(dataset, 3))
+        self.model = architecture.build().apply(weight_init).to(CUDA)
         self.optimizer = OPTIMIZERS["adam"](self.model.parameters(), 0.001)
         self.drawn, self.criterion = dataset.epoch_draws(0), criterion or FocalLoss(1)
         self.replayed = ReplayedSteps(self.optimizer, 4, 3, CUDA) if replay else None
 
-    def train(self, epoch: int, lr: float = 0.001) -> dict[str, float]:
+    def train(self, epoch: int, lr: float = 0.001, display_step: int = 2) -> dict[str, float]:
         self.drawn.redraw(epoch)
         torch.manual_seed(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loader = batch_loader(self.drawn, BatchSampler(range(15), 4, epoch), 0)
-        return train_epoch(
-            self.model, self.optimizer, self.criterion, loader, CUDA, 3, 2, "training", self.replayed
-        )
+        what = self.model, self.optimizer, self.criterion, loader, CUDA, 3
+        return train_epoch(*what, display_step, replayed=self.replayed)
 
     def state(self) -> list[Tensor]:
         states = self.optimizer.state_dict()["state"]
         moments = [states[i][name] for i in states for name in ("step", "exp_avg", "exp_avg_sq")]
-        return [x.values for x in (*self.model.state_dict().values(), *moments)]
+        return [x.cpu() for x in (*self.model.state_dict().values(), *moments)]
 
 
 def test_replayed_steps_are_those_taken_one_by_one(folders: dict[str, Path], log: Log) -> None:
@@ -402,7 +409,7 @@ def test_what_cannot_be_captured_is_said_once_and_done_without(
     folders: dict[str, Path], log: Log, capsys: pytest.CaptureFixture
 ) -> None:
     eager, other = Training(folders["shared"], False), Training(folders["shared"], True, Asking())
-    for epoch in (1, 2, 3):
+    for epoch in (1, 2):
         assert other.train(epoch) == eager.train(epoch)
     assert log.replays == 0
     (line,) = capsys.readouterr().err.splitlines()
@@ -444,6 +451,46 @@ def test_why_steps_are_not_captured_is_said(
     train_on("cuda", folders[dates], tmp_path / "res", "--cuda_graph", monkeypatch, free)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "--cuda_graph" in line]
     assert reason in line
+
+
+def test_the_benchmark_of_a_gpu_runs(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the imitation, which has neither a profiler nor a memory of its own."""
+
+    def simulate_little(folder: Path, parcels: int, seed: int, progress: bool) -> None:
+        simulate(folder, parcels, seed, progress, max_pixels=4)
+
+    monkeypatch.setattr(cuda, "simulate", simulate_little)
+    monkeypatch.setattr(cuda, "BATCH_SIZE", 4)
+    monkeypatch.setattr(cuda, "all_configurations", lambda: ["TempCNN/14k"])
+    monkeypatch.setattr(cuda.Training, "count_kernels", lambda self: 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    rows = dict(cuda.measure(CUDA, cuda.Sizes(parcels=10, steps=2)))
+    assert any("10" in name and "graph" in name for name in rows) and any(
+        "TempCNN/14k" in name for name in rows
+    )
+    assert log.replays == (3 * 2 - 3) + (2 + 2 - 3)  # all whole batches but the first three
+    assert cuda.IMITATED_KERNELS == MOST_KERNELS
+    assert "7" in rows.values()
+
+
+def test_without_a_gpu_the_benchmark_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["cuda.py"])
+    with pytest.raises(SystemExit) as end:
+        run_cli(cuda.main)
+    assert end.value.code == 2 and "PYTHON=" in capsys.readouterr().err
+
+
+def test_more_parcels_repeat_those_of_a_few(folders: dict[str, Path], log: Log) -> None:
+    small = open_folder(folders["shared"]).to(CUDA)
+    large = cuda.enlarge(open_folder(folders["shared"]), 40, CUDA)
+    assert len(large) == 40
+    small, large = (dataset.evaluation(1) for dataset in (small, large))
+    for item in (0, 4):  # of 1 and 5 pixels, all of which are drawn
+        for a, b in zip(flatten(large.batch([item + 30])), flatten(small.batch([item])), strict=True):
+            assert torch.equal(a.cpu(), b.cpu())
 
 
 # ------------------------------------------------------------------------------------- the imitation does not pass all
