@@ -127,6 +127,8 @@ class Case(NamedTuple):
 
 # TAE on dates that vary does little that L-TAE does not, and `count_steps` takes it too.
 CASES = [(name, dates) for dates in DATES for name in FLAGS if (name, dates) != ("TAE", "varying")]
+# Without dropout nothing goes wrong in resuming with shared dates that does not with others.
+RESUMED = [(name, dates) for name, dates in CASES if dates == "varying" or name in WITH_ATTENTION]
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -154,7 +156,7 @@ def test_training_gives_the_numbers_of_a_cpu(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = [case.cuda]
-    if 0 in DATES[case.dates]:
+    if 0 in DATES[case.dates] and case.name in ("L-TAE", "GRU"):
         flags = FLAGS[case.name]
         runs.append(train_on("cuda", case.folder, tmp_path / "res", flags, monkeypatch, free=0))
     for res_dir in runs:
@@ -176,6 +178,7 @@ def test_validation_takes_more_parcels_at_a_time_where_the_pixels_are(
         train_on("cuda", folders["shared"], tmp_path / "res", "--batch_size 4", monkeypatch, free)
 
 
+@pytest.mark.parametrize("case", RESUMED, ids="-".join, indirect=True)
 def test_a_resumed_training_is_the_uninterrupted_one(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -451,6 +454,14 @@ def test_why_steps_are_not_captured_is_said(
     train_on("cuda", folders[dates], tmp_path / "res", "--cuda_graph", monkeypatch, free)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "--cuda_graph" in line]
     assert reason in line
+
+
+def test_an_augmentation_of_ones_own_is_not_captured(folders: dict[str, Path], log: Log) -> None:
+    machine, dataset = crossvalidation.Machine(CUDA, cuda_graph=True), open_folder(folders["shared"])
+    dataset = dataset.to(CUDA)
+    assert machine.graph_obstacle(dataset) is None
+    dataset.augment = (lambda batch, keys: batch,)
+    assert "augmentation" in machine.graph_obstacle(dataset)
 
 
 def test_the_benchmark_of_a_gpu_runs(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
