@@ -25,7 +25,8 @@ Step = Callable[[Batch, Tensor | None], Batch]
 Steps = Sequence[tuple[Step, Tensor | None]]  # with what they draw
 Part = slice | np.ndarray  # of the parcels of a batch
 AUGMENTATIONS: list[Step] = []  # what a script adds here changes what train.py trains on
-PARCELS_PER_PART, NUMBERS_PER_PART = 32, 2**20  # at most, to stay in the cache
+NUMBERS_PER_PART = 2**20  # at most, to stay in the cache
+PARCELS_PER_PART = 16  # at least, if these are not too many numbers: every part has its costs
 
 
 def prepare(
@@ -51,30 +52,41 @@ def prepare(
 
     def load(part: Part, most: int, target: Tensor | None = None) -> Batch:
         """A part, its floats in memory of its own, or in `target` if they fit."""
-        others = [None if x is None else x[part][:, :most] for x in frame[1:]]
+        others = frame[1:]  # of all parcels, where steps neither change nor read them
+        if changed:
+            others = [None if x is None else x[part][:, :most] for x in frame[1:]]
         batch = _take(Batch(read(part, most), *others), raw_steps, part)
         fits = target is not None and batch.pixels.shape[1] == L
         pixels = to_float(batch.pixels, target if fits else None)
-        return _take(batch._replace(pixels=pixels, mask=batch.mask.float()), steps, part)
+        batch = batch._replace(pixels=pixels)  # the raw ones are freed, and their memory is used again
+        return _take(batch, steps, part)
 
     if frame.mask.device.type != "cpu":
         return load(slice(0, B), L)
     target = torch.empty(B, S, L, n_channels)
     zeros = {name: _zeros_like(getattr(frame, name)) for name in changed}
     whole = frame._replace(pixels=target.permute(0, 2, 3, 1), **zeros)
-    size = max(1, min(PARCELS_PER_PART, NUMBERS_PER_PART // (S * L * n_channels)))
-    order = (
-        None if (n_dates == L).all() else n_dates.argsort(kind="stable")
-    )  # about as many dates go together
+    size = max(PARCELS_PER_PART, -(-B // torch.get_num_threads()))
+    size = max(1, min(size, NUMBERS_PER_PART // (S * L * n_channels)))
+    in_place = bool((n_dates == L).all())
+    order = None if in_place else n_dates.argsort(kind="stable")  # about as many dates go together
 
     def fill(i: int) -> None:
         part: Part = slice(i * size, (i + 1) * size)
-        if order is None:
+        if in_place:
             batch = load(part, L, target[part])
         else:
             part = order[part]
             batch = load(part, max(1, int(n_dates[part[-1]])))
-        _put(batch, whole, part, changed)
+        pixels = memory(batch.pixels)
+        if changed:  # pixels and days of a date that is absent become 0, as its mask is
+            parcel, date = np.nonzero(~batch.present)
+            pixels.numpy()[parcel, :, date] = 0
+            batch = batch._replace(days=batch.days.where(torch.from_numpy(batch.present), 0))
+            for name in changed:
+                values = np.asarray(getattr(batch, name))
+                np.asarray(getattr(whole, name))[part, : values.shape[1]] = values
+        _put_pixels(pixels, target, part)
 
     share(-(-B // size), fill)
     return whole
@@ -87,21 +99,13 @@ def _take(batch: Batch, steps: Steps, part: Part) -> Batch:
     return batch
 
 
-def _put(batch: Batch, whole: Batch, part: Part, changed: Sequence[str]) -> None:
-    """Writes a part of a batch to its place. What is beyond its dates, or on a date that is absent, becomes 0."""
-    n_dates, is_absent = batch.present.shape[1], ~batch.present
-    values = memory(batch.pixels)
-    if is_absent.any():
-        parcel, date = is_absent.nonzero()
-        values.numpy()[parcel, :, date] = 0
-    if isinstance(part, np.ndarray) or values.data_ptr() != whole.pixels[part].data_ptr():
-        values, target = values.flatten(2).numpy(), memory(whole.pixels).flatten(2).numpy()
-        target[part, :, : values.shape[2]] = values
-        target[part, :, values.shape[2] :] = 0
-    for name in changed:
-        values = np.asarray(getattr(batch, name))
-        there = batch.present.reshape(*batch.present.shape, *(1,) * (values.ndim - 2))
-        np.asarray(getattr(whole, name))[part, :n_dates] = np.where(there, values, 0)
+def _put_pixels(pixels: Tensor, target: Tensor, part: Part) -> None:
+    """Writes the pixels of a part, (P, S, L, C), to their place unless they are there; 0 beyond their dates."""
+    if isinstance(part, slice) and pixels.data_ptr() == target[part].data_ptr():
+        return
+    values, everything = pixels.flatten(2).numpy(), target.flatten(2).numpy()
+    everything[part, :, : values.shape[2]] = values
+    everything[part, :, values.shape[2] :] = 0
 
 
 def list_steps(
@@ -195,8 +199,7 @@ def normalise(scale: Tensor, shift: Tensor) -> Step:
 
     def step(batch: Batch, draws: Tensor | None) -> Batch:
         x = memory(batch.pixels)
-        L = x.shape[2]
-        torch.addcmul(shift[:L], x, scale[:L], out=x)
+        torch.addcmul(shift[: x.shape[2]], x, scale[: x.shape[2]], out=x)
         return batch._replace(pixels=x.permute(0, 2, 3, 1))
 
     return step
@@ -227,7 +230,8 @@ def augment(function: Step, varying: bool) -> Step:
     """
 
     def step(batch: Batch, draws: Tensor | None) -> Batch:
-        given, mask = [None if x is None else tuple(x.shape) for x in batch[:4]], batch.mask
+        given, mask = [None if x is None else tuple(x.shape) for x in batch[:4]], batch.mask.float()
+        batch = batch._replace(mask=mask)
         found = function(batch, draws)
         if (
             not isinstance(found, Batch)
@@ -243,6 +247,6 @@ def augment(function: Step, varying: bool) -> Step:
             raise UserError(
                 "augment left no pixel on a date that all parcels share; leave one, or open the dataset with varying=True."
             )
-        return found
+        return found._replace(present=batch.present)
 
     return step

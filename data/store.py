@@ -156,15 +156,14 @@ class PixelStore:
         if self._on_device is not None:
             values = self._on_device.index_select(0, begin.flatten()).view(self._dtype)
         elif self.n_dates is not None:
-            values = torch.from_numpy(self._rows.take(begin.flatten().numpy(), axis=0))[
-                :, : n_dates * self.n_channels
-            ]
+            values = torch.from_numpy(self._rows.take(begin.numpy(), axis=0))
         else:  # windows on all numbers, one beginning at each
             numbers, width = np.asarray(self._values), n_dates * self.n_channels
             shape, strides = (len(numbers) - width + 1, width), 2 * numbers.strides
             windows = np.ndarray(shape, numbers.dtype, numbers, strides=strides)
-            values = torch.from_numpy(windows[begin.flatten().numpy()])
-        return values.unflatten(1, (n_dates, self.n_channels)).unflatten(0, begin.shape)
+            values = torch.from_numpy(windows[begin.numpy()])
+        values = values.view(*begin.shape, -1, self.n_channels)
+        return values if values.shape[2] == n_dates else values[:, :, :n_dates]
 
     def parcel(self, place: int) -> np.ndarray:
         """The pixels of the parcel at a place in `ids`, (S, L, C), in the type of the files."""

@@ -13,6 +13,7 @@ from scipy import stats
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
+from data import prepare
 from data.folds import fold_splits
 from data.samplers import BatchSampler
 from dataset import PixelSetData, PixelSetData_preloaded, batch_loader, find_norm
@@ -462,8 +463,9 @@ def test_batch_equals_items(folder, options):
                 assert torch.equal(together[i], alone) and together.dtype == alone.dtype
 
 
-def test_a_large_batch_equals_its_parts(folder):
-    """Batches are prepared in chunks of parcels; this one has many."""
+def test_a_large_batch_equals_its_parts(folder, monkeypatch):
+    """Batches are prepared in parts; this one has many, the last one smaller."""
+    monkeypatch.setattr(prepare, "NUMBERS_PER_PART", 7 * 5 * 4 * 8)
     dataset = open_folder(folder).epoch_draws(4)
     items = [(5 * i) % 12 for i in range(200)]
     ((pixels, _), _), _ = dataset.batch(items)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from data import prepare
 from data.batch import Batch
 from data.draws import parcel_keys, stream_key, uniform_values
 from data.samplers import BatchSampler
@@ -144,6 +145,20 @@ def test_loading_does_not_depend_on_workers_batches_or_memory(folder):
     assert len({len(row[2]) for row in expected}) > 2
     for found in (load(PixelSetData, 2, 4), load(PixelSetData_preloaded, 0, 1), load(PixelSetData, 0, 7)):
         assert all(torch.equal(a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y))
+
+
+@pytest.mark.parametrize("n_parcels", [1, 2, 4])
+def test_a_batch_equals_its_parts(folder, monkeypatch, n_parcels):
+    """A batch is prepared in parts, of parcels with about as many dates."""
+    dataset = open_folder(
+        folder, norm=(3.0, 2.0), temporal_dropout=0.3, temporal_shift=5, jitter=(0.01, 0.05)
+    )
+    expected, _ = dataset.epoch_draws(1).batch(range(15))
+    monkeypatch.setattr(prepare, "NUMBERS_PER_PART", n_parcels * S * 7 * C)
+    found, _ = dataset.epoch_draws(1).batch(range(15))
+    assert all(torch.equal(a, b) for a, b in zip(expected[:4], found[:4]))
+    assert (expected.present == found.present).all()
+    assert (expected.present == (expected.mask != 0).any(2).numpy()).all()
 
 
 def test_normalisation_and_jitter_spare_nothing_and_nobody(folder):
@@ -333,6 +348,14 @@ def test_own_functions_come_in_their_order_and_do_not_depend_on_the_company(tmp_
     expected = (load(list(range(12)), None) + first) * second
     assert torch.equal(load(list(range(12)), [brighten, stretch]), expected)
     assert torch.equal(load([7], [brighten, stretch]), expected[7:8])
+
+
+def test_own_functions_leave_the_rest_as_it_is(folder):
+    plain, changed = (open_folder(folder, augment=own).epoch_draws(4) for own in (None, brighten))
+    before, after = (dataset.batch(range(15))[0] for dataset in (plain, changed))
+    assert torch.equal(after.mask, before.mask) and torch.equal(after.days, before.days)
+    assert torch.equal(after.extra[before.present], before.extra[before.present])
+    assert (after.pixels[~before.present] == 0).all() and (after.present == before.present).all()
 
 
 def test_shared_dates_may_not_be_left_out(tmp_path):
