@@ -122,7 +122,7 @@ class LabelsTable(NamedTuple):
 
 
 def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:
-    """Days of META/dates.json, counted from year 1: one array shared by all, (T,), or one for each of the parcels."""
+    """Days of META/dates.json, counted from year 1: one array shared by all, (L,), or one for each of the parcels."""
     path = folder / "META" / "dates.json"
     dates = read_json(path, _DATES)
     if not isinstance(dates, dict) or not dates:
@@ -262,7 +262,7 @@ def _to_vector(value: Any) -> np.ndarray:
 
 
 def check_norm(norm: Any, shape: tuple[int | None, int], source: str | Path = "norm") -> Arrays:
-    """Mean and standard deviation as two float64 arrays that broadcast to `shape`, (T, C), or (None, C) without dates."""
+    """Mean and standard deviation as two float64 arrays that broadcast to `shape`, (L, C), or (None, C) without dates."""
     per_date = "" if shape[0] is None else f", or two ({shape[0]}, {shape[1]})"
     expected = f"expected two numbers, two arrays ({shape[1]},){per_date}: mean, standard deviation"
     try:

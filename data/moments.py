@@ -12,7 +12,7 @@ from data.metadata import Arrays, read_norm
 
 NORM = "normalisation_values.pkl"
 PUBLISHED_NORM = "S2-2017-T31TFM-meanstd.pkl"  # its name in the published dataset
-AXES = {"date": (2,), "channel": (0, 2), "all": (0, 1, 2)}  # of values (T, C, S), summed over
+AXES = {"date": (2,), "channel": (0, 2), "all": (0, 1, 2)}  # of values (L, C, S), summed over
 _MOST_PIXELS = 2**14  # that are taken at a time
 
 
@@ -28,7 +28,7 @@ class Moments:
         self.count, self.mean, self.squares = 0.0, 0.0, 0.0  # squares of deviations from the mean
 
     def add(self, values: np.ndarray, missing: np.ndarray | None = None) -> None:
-        """Adds values (T, C, S); of pixels that are `missing`, (T, S), no channel counts."""
+        """Adds values (L, C, S); of pixels that are `missing`, (L, S), no channel counts."""
         present = np.ones((len(values), values.shape[2]), bool) if missing is None else ~missing
         for start in range(0, values.shape[2], _MOST_PIXELS):
             part = slice(start, start + _MOST_PIXELS)
@@ -41,7 +41,7 @@ class Moments:
         mean = values.sum(self.axes, keepdims=True) / np.maximum(count, 1)
         values -= mean
         np.copyto(values, 0, where=~present)
-        squares = np.einsum("tcs,tcs->tc", values, values)[:, :, None].sum(self.axes, keepdims=True)
+        squares = np.einsum("lcs,lcs->lc", values, values)[:, :, None].sum(self.axes, keepdims=True)
         total = self.count + count
         share = count / np.maximum(total, 1)
         shift = mean - self.mean
@@ -50,7 +50,7 @@ class Moments:
         self.count = total
 
     def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation, float32: two (T, C), two (C,), or two numbers.
+        """Mean and standard deviation, float32: two (L, C), two (C,), or two numbers.
 
         A deviation of 0 becomes 1, since values are divided by it; so does that of no values.
         """
