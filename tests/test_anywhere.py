@@ -10,7 +10,7 @@ import pytest
 from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("train", "inference", "figure2", "preprocessing.download", "reports.report", "benchmarks")
+COMMANDS = ("preprocessing.download", "reports.report")  # for scripts see test_ways.py
 
 
 def run_elsewhere(folder: Path, module: str, arguments: str) -> None:
