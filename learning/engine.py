@@ -15,7 +15,7 @@ from common.graph import Replayed
 from common.machine import recursive_todevice
 from common.processes import add_up, alone, is_main, n_ranks
 from common.progress import progress_bar
-from data.batch import Series
+from data.batch import Batch
 from data.device import DeviceLoader
 from learning.metrics import METRICS
 
@@ -183,7 +183,7 @@ def evaluation(
     for x, y in progress_bar(loader, name, "batches", shown=is_main()):
         x, y = recursive_todevice(x, device), y.to(device, non_blocking=True)
         logits = _logits(model(x))
-        if isinstance(x, Series):  # a parcel may have no pixel, among those drawn, on any date
+        if isinstance(x, Batch):  # a parcel may have no pixel, among those drawn, on any date
             observed = (x.mask != 0).flatten(1).any(1)
             logits, y = logits[observed], y[observed]
         if not len(y):

@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import write_bytes
 from common.machine import recursive_todevice
 from common.progress import progress_bar
-from data.batch import Series
+from data.batch import Batch
 from data.metadata import read_days
 from models.ensemble import Ensemble
 from models.pse import PixelSet, split_input
@@ -51,7 +51,7 @@ class Attention(NamedTuple):
 def mean_attention(
     ensemble: Ensemble,
     dataset: "PixelSetData",
-    batches: Iterable[tuple[PixelSet | Series, Tensor]],
+    batches: Iterable[tuple[PixelSet | Batch, Tensor]],
     groups: np.ndarray,
     n_classes: int,
     bands: tuple[int, int] | None,
@@ -98,9 +98,9 @@ def mean_attention(
     return Attention(share, mean, deviation, observed, parcels.cpu().numpy())
 
 
-def unpack(x: PixelSet | Series, dataset: "PixelSetData") -> tuple[Tensor, Tensor, Tensor]:
+def unpack(x: PixelSet | Batch, dataset: "PixelSetData") -> tuple[Tensor, Tensor, Tensor]:
     """Pixels (B, L, C, S), mask (B, L, S) and days (B, L) of a batch."""
-    if isinstance(x, Series):
+    if isinstance(x, Batch):
         return x.pixels, x.mask, x.days
     (pixels, mask), _ = split_input(x)
     days = torch.as_tensor(dataset.date_positions, device=mask.device)

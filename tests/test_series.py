@@ -238,3 +238,9 @@ def test_the_mask_need_not_be_asked_where_the_batch_tells_what_is_present(name):
     assert torch.equal(model(told), model(batch))
     less = told._replace(present=told.present & (np.arange(9) != 0))
     assert close(model(less)[0], model(one(batch, 0, torch.tensor([1, 2, 4, 5, 6, 7, 8])))[0])
+
+
+def test_the_earlier_name_of_a_batch_still_serves() -> None:
+    from models.series import Series as earlier
+
+    assert earlier is Batch
