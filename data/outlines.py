@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.errors import UserError
+from common.files import read_json
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
 OUTLINES = "parcels.gpkg"  # in META
+OWN_IDS = "own_ids.json"  # in META, of parcels without outlines
 
 
 def require_geo() -> None:
@@ -30,7 +32,7 @@ def require_geo() -> None:
 
 
 def read_own_ids(folder: Path) -> dict[str, str]:
-    """Ids of the parcels in the file that a dataset was prepared from, by id; none where those are its ids.
+    """Ids of the parcels in the files that a dataset was made from, by id; none where those are its ids.
 
     A GeoPackage is a database, which is read here without geographic libraries.
 
@@ -38,11 +40,15 @@ def read_own_ids(folder: Path) -> dict[str, str]:
         folder: dataset folder.
 
     Raises:
-        UserError: if META/parcels.gpkg is damaged.
+        UserError: if META/parcels.gpkg, or META/own_ids.json of a dataset without it, is damaged.
     """
     path = folder / "META" / OUTLINES
     if not path.exists():
-        return {}
+        table = folder / "META" / OWN_IDS
+        own = read_json(table, "{parcel id: own id}") if table.exists() else {}
+        if not isinstance(own, dict):
+            raise UserError(f"{table} is something else; expected {{parcel id: own id}}.")
+        return {parcel: str(name) for parcel, name in own.items()}
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as file:
             if "parcel" not in {name for _, name, *_ in file.execute("PRAGMA table_info(parcels)")}:
