@@ -45,7 +45,7 @@ $(AUDIT)/.installed: .venv/.installed
 	.venv/bin/python -m pip install --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
-EXTRAS = requirements-geo.txt requirements-export.txt requirements-notebook.txt
+EXTRAS = requirements-geo.txt requirements-export.txt requirements-notebook.txt requirements-formats.txt
 .venv/.everything: .venv/.installed $(EXTRAS)
 	.venv/bin/python -m pip install --disable-pip-version-check $(EXTRAS:%=--requirement %)
 	touch $@

@@ -1,0 +1,241 @@
+"""Makes a dataset folder from a published dataset.
+
+    python -m preprocessing.convert FORMAT SOURCE OUT
+
+A format is a function in `preprocessing/formats/` that opens SOURCE and returns what is described in
+`preprocessing/formats/source.py`; here is the one place that writes.
+"""
+
+import inspect
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError, as_user_error, run_cli
+from common.files import check_new, write_bytes, write_folder
+from common.flags import Parser
+from common.progress import progress_bar
+from data.metadata import check_norm
+from data.missing import find_missing
+from data.moments import NORM, write_norm
+from preprocessing.formats import breizhcrops, cawa, eurocropsml, pastis, sits, timematch, ucr
+from preprocessing.formats.source import Source
+from preprocessing.split import FOLDS, deal_blocks
+
+FORMATS: dict[str, Callable[..., Source]] = {
+    module.__name__.rpartition(".")[2]: module.open_source
+    for module in (pastis, timematch, breizhcrops, eurocropsml, sits, ucr, cawa)
+}
+PARTS, SEED = 5, 1  # of folds where there are no official ones
+
+
+def open_source(name: str, path: Path, options: dict[str, Any]) -> Source:
+    """Opens a published dataset.
+
+    Args:
+        name: of the format.
+        path: file or folder.
+        options: flags that were given, which formats name as arguments.
+
+    Raises:
+        UserError: if the files are not as expected, a package is missing or a flag is of another format.
+    """
+    function = FORMATS[name]
+    for option in set(options) - set(inspect.signature(function).parameters):
+        raise UserError(f"--{option} has no meaning for {name}; leave it out.")
+    try:
+        with as_user_error(ImportError, prefix=f"{name} needs the packages of requirements-formats.txt: "):
+            source = function(path, **options)
+    except UserError:
+        raise
+    except Exception as error:  # files of others can differ in any way
+        raise UserError(f"{path} is not laid out as {name} expects ({_describe(error)}).") from error
+    for parcel, count in Counter(source.names).most_common(1):
+        if count > 1:
+            raise UserError(f"{path} has parcel {parcel} {count} times; ids must differ.")
+    return source
+
+
+def convert(source: Source, out: Path, about: dict[str, Any]) -> list[str]:
+    """Writes a dataset folder, whole or not at all.
+
+    Args:
+        source: the dataset.
+        out: the folder, new or empty.
+        about: written to META/info.json beside what is known of the pixels.
+
+    Returns:
+        Lines that say what was made and what was assumed.
+
+    Raises:
+        UserError: if a parcel cannot be read or is not as expected, or the folder cannot be written.
+    """
+    numbered = not all(isinstance(name, int) for name in source.names)
+    ids = list(range(1, len(source.names) + 1)) if numbered else list(source.names)
+    norm = source.norm and check_norm(source.norm, (None, len(source.bands)), "the official normalisation")
+    unwritable = as_user_error(OSError, prefix=f"the dataset cannot be written to {out}: ")
+    with unwritable, write_folder(out) as work:
+        days, count = _write_pixels(source, ids, work / "DATA")
+        kept = [i for i, parcel in enumerate(ids) if parcel in days]
+        assumed = list(source.assumed)
+        if count["partly"]:
+            assumed.append(f"{count['partly']:,} observations that lacked some bands are missing in all")
+
+        def by_id(values: Sequence[Any]) -> dict[int, Any]:
+            return {ids[i]: values[i] for i in kept if values[i] is not None}
+
+        shared = all(own == days[ids[kept[0]]] for own in days.values())
+        facts = {"nodata": source.nodata, "bands": [*source.bands], "units": source.units, "assumed": assumed}
+        facts |= {"geomfeat": [*source.extra_names]} if source.extra else {}
+        labels = {name: by_id(listed) for name, listed in source.labels.items()}
+        contents = {
+            "labels": labels,
+            "classes": {name: listed for name, listed in source.classes.items() if listed},
+            "dates": dict(enumerate(days[ids[kept[0]]])) if shared else days,
+            "info": about | facts,
+            "geomfeat": by_id(source.extra) if source.extra else None,
+            "groups": by_id(source.groups) if source.groups else None,
+            "own_ids": by_id(source.names) if numbered else None,
+            "folds": make_folds(source, ids, kept),
+        }
+        (work / "META").mkdir()
+        for name, content in contents.items():
+            if content:
+                write_bytes(work / "META" / f"{name}.json", (json.dumps(content) + "\n").encode())
+        if norm is not None:
+            write_norm(work / NORM, norm)
+
+    n_dates, unlabelled = sorted(map(len, days.values())), len(kept) - max(map(len, labels.values()))
+    first, last = min(map(min, days.values())), max(map(max, days.values()))
+    rows = {
+        "parcels": f"{len(kept):,}, {unlabelled:,} of them unlabelled; {len(ids) - len(kept):,} without dates left out",
+        "classes": ", ".join(f"{len(set(own.values()))} ({name})" for name, own in labels.items()),
+        "dates": f"{n_dates[0]} to {n_dates[-1]}, {'shared' if shared else 'by parcel'}, from {first} to {last}",
+        "bands": f"{len(source.bands)}: {' '.join(source.bands)}",
+        "missing": f"{count['missing'] / count['all']:.1%} of the observations",
+        "folds": "none",
+    }
+    if contents["folds"]:
+        (splits,) = contents["folds"].values()
+        rows["folds"] = f"{len(splits)}: train.py --folds {out / 'META' / FOLDS}"
+    if len(labels) > 1:
+        rows["classes"] += ": choose one by train.py --labels"
+    return [
+        str(out),
+        *(f"  {name:8} {text}" for name, text in rows.items()),
+        *(f"assumed: {text}" for text in assumed),
+    ]
+
+
+def _write_pixels(source: Source, ids: list[int], folder: Path) -> tuple[dict[int, list[int]], Counter[str]]:
+    """Writes a file for every parcel that has a date; returns their days by id, and counts of observations."""
+    days, every_day, count = {}, {}, Counter()
+    folder.mkdir()
+    for i in progress_bar(range(len(ids)), "converting", "parcels"):
+        pixels, own = _read(source, i)
+        if not len(own):
+            continue
+        count["partly"] += _complete_missing(pixels)
+        missing = find_missing(np.moveaxis(pixels, 1, -1), source.nodata)
+        count["missing"] += 0 if missing is None else int(missing.sum())
+        count["all"] += pixels.size // pixels.shape[1]
+        np.save(folder / f"{ids[i]}.npy", pixels)
+        days[ids[i]] = [
+            every_day.setdefault(day, day) for day in own
+        ]  # one object for each of few different days
+    if not count["all"]:
+        raise UserError("no parcel has a pixel on any date; nothing can be learned from such a dataset.")
+    return days, count
+
+
+def _read(source: Source, i: int) -> tuple[np.ndarray, Sequence[int]]:
+    """Pixels and days of a parcel, checked; numbers of 64 bits become numbers of 32, which models compute with."""
+    try:
+        pixels, days = source.read(i)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files can fail in any way
+        raise UserError(
+            f"parcel {source.names[i]} cannot be read ({_describe(error)}); unpack its file again."
+        ) from error
+    expected = (len(days), len(source.bands))
+    if pixels.ndim not in (2, 3) or pixels.shape[:2] != expected or pixels.dtype.kind not in "uif":
+        raise UserError(
+            f"parcel {source.names[i]} has an array of shape {pixels.shape}, type {pixels.dtype}; expected numbers of "
+            f"{expected[0]} dates and {expected[1]} bands."
+        )
+    return pixels.astype({"f8": np.float32, "i8": np.int32}.get(pixels.dtype.str[1:], pixels.dtype)), days
+
+
+def _complete_missing(pixels: np.ndarray) -> int:
+    """Makes pixels, (L, C, ...), that are NaN in some bands NaN in all, in place, and returns how many."""
+    if pixels.dtype.kind != "f":
+        return 0
+    undefined = np.isnan(pixels)
+    partly = undefined.any(1) & ~undefined.all(1)
+    np.moveaxis(pixels, 1, -1)[partly] = np.nan
+    return int(partly.sum())
+
+
+def make_folds(source: Source, ids: list[int], kept: list[int]) -> dict[str, Any] | None:
+    """Content of a folds file: the official splits, or parts of whole groups; None where neither can be had.
+
+    Args:
+        source: the dataset.
+        ids: of its parcels.
+        kept: places of those that the folder has.
+    """
+    if source.groups is None:
+        return None
+    if source.splits is None:
+        blocks = np.unique([str(source.groups[i]) for i in kept], return_inverse=True)[1]
+        labels = next(iter(source.labels.values()))
+        try:
+            part = deal_blocks(blocks, np.array([str(labels[i]) for i in kept]), PARTS, SEED)
+        except UserError:  # too few groups
+            return None
+        return {"folds": [[ids[i] for i, own in zip(kept, part) if own == k] for k in range(PARTS)]}
+    members = defaultdict(list)
+    for i in kept:
+        members[source.groups[i]].append(ids[i])
+    splits = [
+        {
+            part: sorted(parcel for group in groups for parcel in members[group])
+            for part, groups in split.items()
+        }
+        for split in source.splits
+    ]
+    splits = [split for split in splits if all(split.values())]  # not all regions may have been downloaded
+    return {"splits": splits} if splits else None
+
+
+def _describe(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())  # in one line
+
+
+def main() -> None:
+    """Command line: python -m preprocessing.convert FORMAT SOURCE OUT."""
+    parser = Parser(
+        description="Makes a dataset folder from a published dataset; see docs/published_datasets.md."
+    )
+    add = parser.add_argument
+    add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
+    add("source", metavar="SOURCE", type=Path, help="file or folder that the archive was unpacked to")
+    add("out", metavar="OUT", type=Path, help="dataset folder to write, new or empty")
+    add("--satellite", choices=tuple(pastis.BANDS), help="pastis: which satellite (default: S2)")
+    mapping = "timematch: <country>_class_mapping.yml of the authors' code, or the folder of these files"
+    add("--class_mapping", metavar="PATH", type=Path, help=mapping)
+    add("--split", metavar="FILE", type=Path, help="eurocropsml: an official split, JSON")
+    args = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    name, path, out = args.pop("format"), args.pop("source"), args.pop("out").resolve()
+    check_new(out)
+    source = open_source(name, path, args)
+    print(*convert(source, out, {"format": name}), sep="\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
