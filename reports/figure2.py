@@ -41,6 +41,7 @@ class Row(NamedTuple):
     OA: float  # overall accuracy, 0 to 1
     OA_std: float  # over folds
     mIoU: float  # 0 to 1
+    mIoU_mean: float  # over folds
     mIoU_std: float
     training_seconds: float | None  # of all folds, measured by figure2.py; None for a run of train.py alone
     flops_temporal: int | None  # see `measure_model`
@@ -91,9 +92,10 @@ def read_line(res_dir: Path, name: str) -> tuple[Row, Run] | None:
     if not matrices:
         return None
     total = sum(matrices)
-    oa_std, iou_std = np.std([(accuracy(mat), mean_iou(mat)) for mat in matrices], axis=0)
+    by_fold = np.array([mean_iou(mat) for mat in matrices])
     parameters, flops = measure_model(run)
-    scores = accuracy(total), float(oa_std), mean_iou(total), float(iou_std)
+    scores = (accuracy(total), float(np.std([accuracy(mat) for mat in matrices])))
+    scores += (mean_iou(total), float(by_fold.mean()), float(by_fold.std()))
     row = Row(
         name,
         *parameters,
@@ -213,12 +215,14 @@ def plot_comparison(rows: Sequence[Row], about: str, with_published: bool) -> Fi
         own.sort(key=lambda row: row.parameters_temporal)
         style = {"color": COLOURS[architecture], "marker": MARKERS[architecture]}
         x = np.array([row.parameters_temporal for row in own])
-        y, spread = (100 * np.array([getattr(row, key) for row in own]) for key in ("mIoU", "mIoU_std"))
-        if len(own) == 1:  # of which there is no line, and so no band
-            axis.errorbar(x, y, spread, label=name, capsize=4, **style)
-        elif own:
+        scores = [[row.mIoU, row.mIoU_mean, row.mIoU_std] for row in own]
+        y, mean, spread = 100 * np.array(scores).reshape(-1, 3).T
+        if own:
             axis.plot(x, y, label=name, linewidth=1.8, **style)
-            axis.fill_between(x, y - spread, y + spread, color=style["color"], alpha=0.15, linewidth=0)
+        if len(own) == 1:  # of which there is no line, and so no band
+            axis.errorbar(x, mean, spread, linestyle="", capsize=4, color=style["color"])
+        else:
+            axis.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
         unfinished = np.array([row.folds_tested < row.folds for row in own], dtype=bool)
         axis.plot(x[unfinished], y[unfinished], linestyle="", markerfacecolor="white", **style)
     if any(row.folds_tested < row.folds for row in rows):
@@ -230,8 +234,6 @@ def plot_comparison(rows: Sequence[Row], about: str, with_published: bool) -> Fi
     axis.set_title("How well parcels are classified, by the size of the temporal encoder", pad=24)
     axis.text(0.5, 1.03, about, transform=axis.transAxes, ha="center", fontsize="small", parse_math=False)
     axis.grid(alpha=0.3)
-    spread = "\u00b1 standard\ndeviation of folds"
-    figure.legend(
-        loc="outside right upper", frameon=False, title=f"band or bar:\n{spread}", title_fontsize="small"
-    )
+    about_band = "band or bar: mean\n\u00b1 standard deviation\nof folds"
+    figure.legend(loc="outside right upper", frameon=False, title=about_band, title_fontsize="small")
     return figure
