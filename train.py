@@ -20,6 +20,7 @@ from common.processes import is_main, join_ranks, n_ranks, together
 from common.progress import Clock, format_time
 from data.classes import read_class_names
 from data.folds import describe_splits, fold_splits, read_folds, read_splits
+from data.loader import check_batch
 from data.metadata import read_info
 from data.parts import Parts, data_key, fingerprints
 from data.prepare import AUGMENTATIONS
@@ -133,6 +134,7 @@ def main() -> None:
     processes = f", {n_ranks()} processes" if n_ranks() > 1 else ""
     print(f"Device: {describe_device(device)}{processes}")
     dataset, settings, source = resolve_data(args, find_folder(args.dataset_folder))
+    check_batch(dataset, args.batch_size)
     print(
         f"Data: {len(dataset)} parcels, {describe_dates(dataset)}, {dataset.n_channels} channels, "
         f"{dataset.n_extra} extra features, {len(settings.classes)} classes\nNormalisation: {source}"

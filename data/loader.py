@@ -1,10 +1,12 @@
 """A PyTorch loader of whole batches."""
 
+import os
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.errors import UserError
 from common.machine import map_tensors
 from data.device import DeviceLoader
 from data.samplers import BatchSampler
@@ -53,3 +55,24 @@ def batch_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
     )
+
+
+def check_batch(dataset: Dataset, batch_size: int) -> None:
+    """Looks whether a batch has room in the machine's memory; systems that promise more than they have end the process.
+
+    Args:
+        dataset: a `PixelSetData`.
+        batch_size: parcels per batch.
+
+    Raises:
+        UserError: if the pixels, and what is computed of them at once, are larger.
+    """
+    n_numbers = min(batch_size, len(dataset)) * dataset.n_dates * dataset.n_channels * dataset.npixel
+    needed = 4 * n_numbers * 4  # pixels as they are read and prepared, and what the first layers keep: float32
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UserError(
+            f"batches of {batch_size} parcels with {dataset.npixel} pixels need some {needed / 1e9:.0f} GB of memory, the "
+            f"machine has {memory / 1e9:.0f}; the largest parcel has {dataset.store.sizes.max()} pixels: give a lower "
+            "--npixel or --batch_size."
+        )

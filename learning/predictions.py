@@ -18,6 +18,7 @@ from common.errors import as_user_error
 from common.machine import count_workers, recursive_todevice
 from common.processes import gather_rows, is_main, n_ranks, rank
 from common.progress import progress_bar
+from data.loader import check_batch
 from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import UNKNOWN, PixelSetData, batch_loader
 from learning.metrics import accuracy, confusion_matrix, mean_iou
@@ -248,6 +249,7 @@ def predict(
         telling: how they are told.
     """
     batch_size = batch_size or evaluation_batch(dataset.device)
+    check_batch(dataset, batch_size)
     sampler = BatchSampler(range(len(dataset)), batch_size)
     loader = batch_loader(
         dataset, RankBatches(sampler, divide=False), count_workers(num_workers), device.type == "cuda"

@@ -342,6 +342,7 @@ FLAGS = {
     "--rdm_seed -1": ["--rdm_seed"],
     "--rdm_seed 5000000000": ["--rdm_seed"],
     "--npixel 0": ["--npixel"],
+    "--npixel 1000000000": ["1000000000 pixels", "GB", "the largest parcel has", "--npixel or --batch_size"],
     "--nhead 8": ["--nhead", "--help"],
     "8": ["unrecognized arguments: 8"],
     "--device gpu": ["--device", "'gpu'", "cpu, cuda"],
