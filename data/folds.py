@@ -20,8 +20,8 @@ _FOLDS = (
 def read_splits(path: str | Path) -> list[dict[str, list[int]]]:
     """Ids of the training, validation and test parcels of every fold of a folds file.
 
-    Of a file of parts, {"folds": [...]}, fold k tests part k, validates on the next and trains on the rest. A file of
-    {"splits": [...]} lists them itself; ids may be in no part, and "validation" may be left out.
+    A file of parts, {"folds": [...]}, has the folds of `split_parts`. A file of {"splits": [...]} lists them itself; ids
+    may be in no part, and "validation" may be left out.
 
     Raises:
         UserError: if the file is something else, has fewer than three parts, or names a parcel twice.
@@ -41,6 +41,11 @@ def read_splits(path: str | Path) -> list[dict[str, list[int]]]:
             f"{path} has {len(parts)} part(s); at least 3 are needed, one each for training, validation and test."
         )
     _check_ids(path, {f"part {number}": part for number, part in enumerate(parts, start=1)})
+    return split_parts(parts)
+
+
+def split_parts(parts: Sequence[list[int]]) -> list[dict[str, list[int]]]:
+    """Folds of parts: fold k tests part k, validates on the next and trains on the rest."""
     K = len(parts)
     return [
         {

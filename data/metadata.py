@@ -93,32 +93,45 @@ class LabelsTable(NamedTuple):
         Raises:
             UserError: if the file or a column is missing, or a parcel has two labels.
         """
-        try:
-            text = Path(self.path).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--labels_table {self.path} cannot be read ({error}); expected a CSV file in UTF-8."
-            ) from error
-        header = text.partition("\n")[0]
-        rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
-        for flag, column in (("id_column", self.id_column), ("label_column", self.label_column)):
-            if column not in (rows.fieldnames or []):
-                raise UserError(
-                    f"--labels_table {self.path} has no column {column!r}; it has {', '.join(rows.fieldnames or ['none'])}: "
-                    f"name one with --{flag}."
-                )
-        labels: dict[str, int | str] = {}
-        for row in rows:
-            parcel, label = (row[self.id_column] or "").strip(), (row[self.label_column] or "").strip()
-            if label and labels.setdefault(parcel, label) != label:
-                raise UserError(
-                    f"--labels_table {self.path}: parcel {parcel} has the labels {labels[parcel]!r} and {label!r}; leave one."
-                )
-        if not labels:
-            raise UserError(f"--labels_table {self.path} has no label in column {self.label_column!r}.")
+        labels = read_column("--labels_table", self.path, self.id_column, "--label_column", self.label_column)
         if all(re.fullmatch(r"-?\d{1,18}", label) for label in labels.values()):
             return {parcel: int(label) for parcel, label in labels.items()}
         return labels
+
+
+def read_column(flag: str, path: str | Path, id_column: str, column_flag: str, column: str) -> dict[str, str]:
+    """A column of a CSV file by parcel id, as text; parcels without a value are left out.
+
+    Args:
+        flag, column_flag: what names the file and the column, for messages.
+        path: the file, with a line of column names; separated by commas, semicolons or tabs.
+        id_column, column: names of the columns.
+
+    Raises:
+        UserError: if the file or a column is missing or empty, or a parcel has two values.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path} cannot be read ({error}); expected a CSV file in UTF-8.") from error
+    header = text.partition("\n")[0]
+    rows = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count))
+    for which, name in (("--id_column", id_column), (column_flag, column)):
+        if name not in (rows.fieldnames or []):
+            raise UserError(
+                f"{flag} {path} has no column {name!r}; it has {', '.join(rows.fieldnames or ['none'])}: "
+                f"name one with {which}."
+            )
+    values: dict[str, str] = {}
+    for row in rows:
+        parcel, value = (row[id_column] or "").strip(), (row[column] or "").strip()
+        if value and values.setdefault(parcel, value) != value:
+            raise UserError(
+                f"{flag} {path}: parcel {parcel} has {values[parcel]!r} and {value!r} in column {column!r}; leave one."
+            )
+    if not values:
+        raise UserError(f"{flag} {path} has nothing in column {column!r}; name another with {column_flag}.")
+    return values
 
 
 def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sqlite3
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 OUTLINES = "parcels.gpkg"  # in META
 OWN_IDS = "own_ids.json"  # in META, of parcels without outlines
+JOINT = " / "  # between the parts of a group's name
 
 
 def require_geo() -> None:
@@ -56,6 +58,22 @@ def read_own_ids(folder: Path) -> dict[str, str]:
             return {str(number): str(own) for number, own in file.execute("SELECT id, parcel FROM parcels")}
     except sqlite3.Error as error:
         raise UserError(f"{path} is damaged ({error}); copy it again, or remove it.") from error
+
+
+def to_dataset_ids(names: Sequence[str], own_ids: Mapping[str, str]) -> list[str | None]:
+    """Ids of the dataset for the ids of a file: these are either the dataset's or the parcels' own, whichever more are.
+
+    Args:
+        names: ids in the file.
+        own_ids: of the dataset, see `read_own_ids`.
+
+    Returns:
+        An id for each; None for an own one that the dataset does not have.
+    """
+    by_own = {own: parcel for parcel, own in own_ids.items()}
+    if sum(name in by_own for name in names) > sum(name in own_ids for name in names):
+        return [by_own.get(name) for name in names]
+    return list(names)
 
 
 def to_ground(outlines: GeoDataFrame) -> GeoDataFrame:

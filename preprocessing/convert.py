@@ -24,7 +24,7 @@ from data.missing import find_missing
 from data.moments import NORM, write_norm
 from preprocessing.formats import breizhcrops, cawa, eurocropsml, pastis, sits, timematch, ucr
 from preprocessing.formats.source import Source
-from preprocessing.split import FOLDS, deal_blocks
+from preprocessing.split import FOLDS, deal
 
 FORMATS: dict[str, Callable[..., Source]] = {
     module.__name__.rpartition(".")[2]: module.open_source
@@ -195,7 +195,7 @@ def make_folds(source: Source, ids: list[int], kept: list[int]) -> dict[str, Any
         blocks = np.unique([str(source.groups[i]) for i in kept], return_inverse=True)[1]
         labels = next(iter(source.labels.values()))
         try:
-            part = deal_blocks(blocks, np.array([str(labels[i]) for i in kept]), PARTS, SEED)
+            part = deal(blocks, np.array([str(labels[i]) for i in kept]), PARTS, SEED)
         except UserError:  # too few groups
             return None
         return {"folds": [[ids[i] for i, own in zip(kept, part) if own == k] for k in range(PARTS)]}

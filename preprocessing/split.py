@@ -1,9 +1,10 @@
-"""Folds of spatial blocks, so that neighbouring parcels do not stand on both sides of training and test.
+"""Folds whose test parcels are unlike those trained on: other squares of land, regions, farms or years.
 
     python -m preprocessing.split DIR --blocks 10
+    python -m preprocessing.split DIR --groups farms.csv farm --buffer 200
 
 Parcels side by side share soil, weather, farmer and image artefacts; random folds therefore promise more than a model
-keeps in a new place. Here the ground is cut into squares, and whole squares are dealt to the parts of the
+keeps in a new place. Here whole squares of the ground, or whole groups of parcels, are dealt to the parts of the
 cross-validation, such that every part has about as many parcels of each class. `train.py --folds` uses the result.
 """
 
@@ -12,30 +13,32 @@ from __future__ import annotations
 import json
 import warnings
 from argparse import ArgumentTypeError
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError, run_cli
 from common.files import write_bytes
 from common.flags import Parser, non_negative, positive
 from common.flags import seed as parse_seed
+from data.folds import split_parts
 from data.metadata import read_nomenclatures
-from data.outlines import OUTLINES, to_ground
+from data.outlines import OUTLINES, read_own_ids, to_ground
 from data.packing import check_folder, list_parcels
 from data.settings import LABELS
+from preprocessing.groups import GROUPS, is_file, read_groups
 from preprocessing.parcels import read_outlines
-from reports.cartography import PALETTE, add_scale, fill, map_figure, outline_paths, points_per_metre
+from reports.folds import plot_parts
 from reports.plots import save_figure
 
 if TYPE_CHECKING:
-    from geopandas import GeoSeries
+    from geopandas import GeoDataFrame
 
-FOLDS, PICTURE = "folds.json", "folds.png"
+FOLDS, PICTURE = "folds.json", "folds.png"  # in META
 
 
 def block_numbers(points: np.ndarray, size: float) -> np.ndarray:
@@ -44,92 +47,158 @@ def block_numbers(points: np.ndarray, size: float) -> np.ndarray:
     return np.unique(cells, axis=0, return_inverse=True)[1].reshape(-1)
 
 
-def deal_blocks(blocks: np.ndarray, labels: np.ndarray, kfold: int, seed: int) -> np.ndarray:
-    """Deals whole blocks to parts that are as alike as they can be in classes and numbers of parcels.
+def deal(groups: np.ndarray, labels: np.ndarray, kfold: int, seed: int, what: str = "block") -> np.ndarray:
+    """Deals whole groups to parts that are as alike as they can be in classes and numbers of parcels.
 
     Args:
-        blocks: block of each parcel, (N,).
+        groups: group of each parcel, (N,).
         labels: class of each parcel, (N,).
         kfold: number of parts.
-        seed: of the order in which equal blocks are dealt.
+        seed: of the order in which equal groups are dealt.
+        what: "block" or "group".
 
     Returns:
-        Part of each parcel, (N,), from 0 to kfold - 1.
+        Part of each parcel, (N,), from 0 to kfold - 1; each has a group at least.
 
     Raises:
-        UserError: if there are not enough blocks for a part to have one.
+        UserError: if there are fewer groups than parts.
     """
-    n_blocks = len(np.unique(blocks))
-    if n_blocks < kfold:
+    groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)[1:]
+    if len(sizes) < kfold:
+        smaller = "smaller --blocks" if what == "block" else "finer --groups"
         raise UserError(
-            f"the parcels lie in {n_blocks} block(s), too few for {kfold} parts; give smaller --blocks or --kfold."
+            f"the parcels lie in {len(sizes)} {what}(s), too few for {kfold} parts; give {smaller} or --kfold."
         )
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     classes = np.where(counts[classes] < kfold, -1, classes)  # too rare to balance one by one
     splitter = StratifiedGroupKFold(kfold, shuffle=True, random_state=seed)
-    part = np.empty(len(blocks), np.int64)
+    part = np.empty(len(groups), np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the rare classes together are rare
-        for k, (_, chosen) in enumerate(splitter.split(blocks, classes, blocks)):
+        for k, (_, chosen) in enumerate(splitter.split(groups, classes, groups)):
             part[chosen] = k
-    if len(np.unique(part)) < kfold:
-        raise UserError(
-            f"{n_blocks} blocks do not fill {kfold} parts evenly; give smaller --blocks or --kfold."
-        )
     return part
+
+
+def near_test(outlines: np.ndarray, part: np.ndarray, distance: float) -> np.ndarray:
+    """Which parcels lie nearer than a distance to a parcel of each part that are not in it, (parts, N).
+
+    Args:
+        outlines: shapely geometries, in metres, (N,).
+        part: of each parcel, (N,), from 0.
+        distance: in metres, between the outlines; above 0.
+    """
+    import shapely
+
+    near = np.zeros((part.max() + 1, len(part)), bool)
+    for k in range(len(near)):
+        others = np.flatnonzero(part != k)
+        (found, _), apart = shapely.STRtree(outlines[part == k]).query_nearest(
+            outlines[others], max_distance=distance, return_distance=True, all_matches=False
+        )
+        near[k, others[found[apart < distance]]] = True
+    return near
 
 
 def split(
     folder: str | Path,
-    blocks_km: float,
+    blocks_km: float | None = None,
     kfold: int = 5,
     seed: int = 1,
     parcels: str | Path | None = None,
     id_column: str = "id",
     labels: str | None = None,
+    groups: Sequence[str] = (),
+    buffer: float = 0.0,
 ) -> None:
-    """Writes META/folds.json of a dataset folder, and META/folds.png, a picture of it.
+    """Writes META/folds.json of a dataset folder and, where there are outlines, META/folds.png, a picture of it.
 
     Args:
         folder: dataset folder.
-        blocks_km: side of the blocks, in kilometres on the ground.
+        blocks_km: side of the blocks, in kilometres on the ground; None for groups.
         kfold: number of parts, at least 3.
-        seed: of the order in which blocks that are alike are dealt.
+        seed: of the order in which blocks or groups that are alike are dealt.
         parcels: outlines of the parcels; META/parcels.gpkg of the folder if not given.
-        id_column: column with the dataset's ids there.
+        id_column: column there, or in the table of groups, with the dataset's ids or the parcels' own.
         labels: nomenclature of META/labels.json to balance.
+        groups: what names the groups, see `read_groups`.
+        buffer: metres; parcels nearer to a test parcel are left out of its fold.
 
     Raises:
-        UserError: if a parcel has no outline, or there are too few blocks.
+        UserError: if a parcel has no outline that needs one, or no group, or there are too few of these.
     """
     folder = Path(folder)
     meta, source = folder / "META", Path(parcels or folder / "META" / OUTLINES)
     check_folder(folder)
     ids = np.array(list_parcels(folder), np.int64)
     classes = _read_classes(folder, ids, labels)
-    outlines = to_ground(read_outlines(source, id_column)).set_index("id")
+    own_ids, in_file = read_own_ids(folder), bool(groups) and is_file(groups[0])
+    try:
+        column = "id" if in_file and parcels is None else id_column
+        outlines = _read_ground(source, ids, column, own_ids, () if in_file else groups)
+    except UserError as error:
+        if blocks_km is not None or buffer or parcels is not None or not in_file:
+            raise
+        print(f"No picture of the folds: {error}")
+        outlines = None
+    grid = None
+    if blocks_km is None:
+        what, title = "group", f"{kfold} parts of groups"
+        names = read_groups(groups, ids, id_column, own_ids, outlines)
+    else:
+        what, title = "block", f"{kfold} parts of blocks of {blocks_km:g} km"
+        centres = outlines.geometry.centroid.get_coordinates().to_numpy()
+        names, grid = block_numbers(centres, 1000 * blocks_km), (centres.min(0), 1000 * blocks_km)
+    part = deal(names, classes, kfold, seed, what)
+    parts = [ids[part == k].tolist() for k in range(kfold)]
+    near = np.zeros((kfold, len(ids)), bool)
+    content: dict[str, Any] = {"folds": parts}
+    if buffer:
+        title += f", {buffer:g} m apart"
+        near = near_test(outlines.geometry.to_numpy(), part, buffer)
+        content = {"splits": _keep_apart(parts, [set(ids[row].tolist()) for row in near], buffer)}
+    content |= {"blocks_km": blocks_km} if what == "block" else {"groups": list(groups)}
+    content |= ({"buffer_m": buffer} if buffer else {}) | {"seed": seed}
+    try:
+        write_bytes(meta / FOLDS, (json.dumps(content) + "\n").encode())
+        if outlines is not None:
+            figure = plot_parts(outlines.geometry, part, title, names if what == "group" else None, grid)
+            save_figure(meta / PICTURE, figure)
+    except OSError as error:
+        raise UserError(f"{meta} cannot be written ({error.strerror}); make room or allow it.") from error
+    for line in describe(names, classes, part, what, near):
+        print(line)
+    print(
+        f"Folds: {meta / FOLDS} for train.py --folds"
+        + ("" if outlines is None else f"; picture: {meta / PICTURE}")
+    )
+
+
+def _read_ground(
+    source: Path, ids: np.ndarray, id_column: str, own_ids: Mapping[str, str], group_columns: Sequence[str]
+) -> GeoDataFrame:
+    """The outlines of these parcels, in their order, in metres."""
+    outlines = to_ground(read_outlines(source, id_column, own_ids, group_columns)).set_index("id")
     missing = ids[~np.isin(ids, outlines.index)]
     if len(missing):
         raise UserError(
             f"{source} has no outline of parcel {missing[0]} ({len(missing)} missing in all); add it, or remove the "
             "parcel's file from DATA."
         )
-    outlines = outlines.loc[ids]
-    centres = outlines.geometry.centroid.get_coordinates().to_numpy()
-    blocks = block_numbers(centres, 1000 * blocks_km)
-    part = deal_blocks(blocks, classes, kfold, seed)
-    content = {"folds": [ids[part == k].tolist() for k in range(kfold)], "blocks_km": blocks_km, "seed": seed}
-    title = f"{kfold} parts of blocks of {blocks_km:g} km"
-    try:
-        write_bytes(meta / FOLDS, (json.dumps(content) + "\n").encode())
-        save_figure(
-            meta / PICTURE, plot_parts(outlines.geometry, part, (centres.min(0), 1000 * blocks_km), title)
-        )
-    except OSError as error:
-        raise UserError(f"{meta} cannot be written ({error.strerror}); make room or allow it.") from error
-    for line in describe(blocks, classes, part):
-        print(line)
-    print(f"Folds: {meta / FOLDS} for train.py --folds; picture: {meta / PICTURE}")
+    return outlines.loc[ids]
+
+
+def _keep_apart(parts: list[list[int]], near: list[set[int]], buffer: float) -> list[dict[str, list[int]]]:
+    """The folds of the parts, without the parcels that lie near those tested."""
+    splits = split_parts(parts)
+    for k, (split, left_out) in enumerate(zip(splits, near), start=1):
+        for name in ("train", "validation"):
+            split[name] = [parcel for parcel in split[name] if parcel not in left_out]
+            if not split[name]:
+                raise UserError(
+                    f"--buffer {buffer:g} leaves no {name} parcel in fold {k}; give a smaller one, or another --seed."
+                )
+    return splits
 
 
 def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray:
@@ -146,64 +215,92 @@ def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray
     return np.array([str(nomenclatures[name].get(str(parcel), "")) for parcel in ids])
 
 
-def describe(blocks: np.ndarray, labels: np.ndarray, part: np.ndarray) -> list[str]:
-    """A line per part, and one on classes that not every part has."""
-    n_parts = part.max() + 1
-    lines = [
-        f"Part {k + 1}: {(part == k).sum():,} parcels ({100 * np.mean(part == k):.1f}%) in "
-        f"{len(np.unique(blocks[part == k]))} blocks, {len(np.unique(labels[part == k]))} classes"
-        for k in range(n_parts)
-    ]
+def describe(
+    groups: np.ndarray,
+    labels: np.ndarray,
+    part: np.ndarray,
+    what: str = "block",
+    near: np.ndarray | None = None,
+) -> list[str]:
+    """A line per part, one on classes that not every part has, and one on a group that holds most parcels."""
+    n_parts, lines = part.max() + 1, []
+    for k in range(n_parts):
+        here = part == k
+        lines.append(
+            f"Part {k + 1}: {here.sum():,} parcels ({100 * np.mean(here):.1f}%) in {len(np.unique(groups[here]))} {what}s, "
+            f"{len(np.unique(labels[here]))} classes"
+        )
+        if near is not None and near[k].any():
+            lines[-1] += f"; {near[k].sum():,} parcels too near are left out of the fold that tests it"
     local = [label for label in np.unique(labels) if len(np.unique(part[labels == label])) < n_parts]
     if local:
         lines.append(
             f"Not in every part: {len(local)} of {len(np.unique(labels))} classes ({', '.join(local[:10])})"
         )
+    (largest, count), *_ = Counter(groups.tolist()).most_common(1)
+    if 2 * count > len(groups):
+        where = f"part {part[groups == largest][0] + 1}"
+        name = f"{what} {largest!r}" if what == "group" else f"one {what}"
+        lines.append(
+            f"Uneven: {name} holds {count:,} of {len(groups):,} parcels, so {where} is as large, and the fold that tests it "
+            "trains on few"
+        )
     return lines
 
 
-def plot_parts(outlines: GeoSeries, part: np.ndarray, grid: tuple[np.ndarray, float], title: str) -> Figure:
-    """Outlines, in metres, coloured by part, and the grid of the blocks: its south-west corner and their side."""
-    bounds, (corner, side) = outlines.total_bounds, grid
-    colours = [PALETTE[k % len(PALETTE)] for k in range(part.max() + 1)]
-    handles = [
-        Patch(facecolor=colour, label=f"part {k + 1} ({(part == k).sum():,} parcels)")
-        for k, colour in enumerate(colours)
-    ]
-    figure, (panel,) = map_figure(bounds, [title], handles)
-    fill(panel, outline_paths(outlines), [colours[k] for k in part])
-    add_scale(panel, bounds)
-    width = 0.1 * side * points_per_metre(panel)
-    lines = {"colors": "black", "linewidths": min(1.2, width), "zorder": 3}
-    panel.vlines(np.arange(corner[0], bounds[2], side), bounds[1], bounds[3], **lines)
-    panel.hlines(np.arange(corner[1], bounds[3], side), bounds[0], bounds[2], **lines)
-    return figure
-
-
-def _kilometres(text: str) -> float:
+def _length(text: str) -> float:
     """Reads a length above 0."""
     if not non_negative(text):
-        raise ArgumentTypeError(f"{text!r} is not a number of kilometres above 0")
+        raise ArgumentTypeError(f"{text!r} is not a length above 0")
     return float(text)
 
 
 def main() -> None:
     """Command line: python -m preprocessing.split DIR --blocks KM."""
-    parser = Parser(description="Cuts a dataset into spatial blocks and deals them to folds.")
+    parser = Parser(description="Deals blocks of land, or groups of parcels, to the folds of a training.")
     add = parser.add_argument
     add("folder", metavar="DIR", help="dataset folder")
-    add("--blocks", type=_kilometres, required=True, metavar="KM", help="side of a block in kilometres")
+    ways = parser.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--blocks", type=_length, metavar="KM", help="side of a block in kilometres")
+    ways.add_argument(
+        "--groups",
+        nargs="+",
+        metavar="GROUPS",
+        help="parcels of one group stay together: a column of the outlines; FILE.csv and a column of it; or FILE.json of "
+        f"{{id: group}}, such as META/{GROUPS}. Of several columns, and where an entry is a list, the combination is the group",
+    )
+    add(
+        "--buffer",
+        type=_length,
+        default=0.0,
+        metavar="METRES",
+        help="parcels nearer than this to a test parcel are left out of its fold",
+    )
     add("--kfold", type=positive, default=5, help="number of parts, at least 3")
-    add("--seed", type=parse_seed, default=1, help="seed of the order in which blocks are dealt")
+    add("--seed", type=parse_seed, default=1, help="seed of the order in which blocks or groups are dealt")
     add("--parcels", help=f"outlines of the parcels; without it META/{OUTLINES} of the dataset")
-    add("--id_column", default="id", help="column with the dataset's ids in the outlines")
+    add(
+        "--id_column",
+        default="id",
+        help="column with the dataset's ids, or the parcels' own, there or in FILE.csv",
+    )
     add("--labels", help=f"nomenclature to balance (default: {LABELS}, or the first there is)")
     args = parser.parse_args()
     if args.kfold < 3:
         raise UserError(
             f"--kfold is {args.kfold}; at least 3 are needed, one part each for training, validation and test."
         )
-    split(args.folder, args.blocks, args.kfold, args.seed, args.parcels, args.id_column, args.labels)
+    split(
+        args.folder,
+        args.blocks,
+        args.kfold,
+        args.seed,
+        args.parcels,
+        args.id_column,
+        args.labels,
+        args.groups or (),
+        args.buffer,
+    )
 
 
 if __name__ == "__main__":

@@ -119,20 +119,21 @@ def test_blocks_stay_whole_and_parts_are_alike(split) -> None:
     blocks = random.integers(0, 150, 3000)
     labels = np.where(random.random(3000) < 0.1 + 0.8 * (blocks % 10 == 0), "rare", "common")
     labels[:2] = ["once", "twice"]
-    part = split.deal_blocks(blocks, labels, 5, seed=1)
+    part = split.deal(blocks, labels, 5, seed=1)
     assert len(set(zip(blocks.tolist(), part.tolist()))) == 150  # no block in two parts
     for chosen in (np.full(3000, True), labels == "rare", labels == "common"):
         counts = np.bincount(part[chosen], minlength=5)
         assert counts.max() < 1.15 * counts.min()
-    assert (part == split.deal_blocks(blocks, labels, 5, seed=1)).all()
-    assert (part != split.deal_blocks(blocks, labels, 5, seed=2)).any()
+    assert (part == split.deal(blocks, labels, 5, seed=1)).all()
+    assert (part != split.deal(blocks, labels, 5, seed=2)).any()
     with pytest.raises(UserError, match=r"lie in 4 block\(s\), too few for 5 parts"):
-        split.deal_blocks(blocks % 4, labels, 5, seed=1)
+        split.deal(blocks % 4, labels, 5, seed=1)
 
 
 def test_picture_shows_parts_and_blocks(split, tmp_path: Path) -> None:
     from data.outlines import to_ground
     from preprocessing.parcels import read_outlines
+    from reports.folds import plot_parts
     from tests.outlines import write_outlines
     from tests.test_plots import check_texts
 
@@ -140,7 +141,7 @@ def test_picture_shows_parts_and_blocks(split, tmp_path: Path) -> None:
     outlines = to_ground(read_outlines(write_outlines(tmp_path / "in.gpkg", range(16), corners))).geometry
     centres = outlines.centroid.get_coordinates().to_numpy()
     part = np.arange(16) // 4
-    figure = split.plot_parts(outlines, part, (centres.min(0), 1000.0), "4 parts of blocks of 1 km")
+    figure = plot_parts(outlines, part, "4 parts of blocks of 1 km", grid=(centres.min(0), 1000.0))
     (panel,) = figure.axes
     check_texts(figure, [panel.title, *figure.legends[0].get_texts()])
     parcels, upright, level = panel.collections
@@ -190,7 +191,7 @@ def test_a_block_is_a_kilometre_on_the_ground_in_web_mercator(split, tmp_path: P
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--blocks 0", "'0' is not a number of kilometres above 0"),
+        ("--blocks 0", "'0' is not a length above 0"),
         ("--blocks 1 --kfold 2", "--kfold is 2; at least 3"),
         ("--blocks 1 --parcels nowhere.gpkg", "nowhere.gpkg does not exist"),
         ("--blocks 1 --id_column nr", "has no column 'nr'"),
@@ -235,6 +236,197 @@ def test_parcels_without_a_label_are_dealt_too(split, tmp_path: Path) -> None:
     write_outlines(folder / "META" / "parcels.gpkg", range(1, 13))
     split.split(folder, 0.1, 3)
     assert sum(len(split["test"]) for split in read_splits(folder / "META" / "folds.json")) == 12
+
+
+# ------------------------------------------------------------------------------------------------ groups and distances
+
+
+def grid_of_parcels(n: int = 36, own: bool = False) -> dict[str, list]:
+    """Columns of parcels in rows of 6: regions of two rows, farms of two columns, and ids of their own."""
+    ids = list(range(1, n + 1))
+    return {
+        "id": [f"F{i:03d}" for i in ids] if own else ids,
+        "region": [("north", "middle", "south")[i // 12] for i in range(n)],
+        "farm": [i % 6 // 2 for i in range(n)],
+    }
+
+
+@pytest.fixture
+def parcels(tmp_path: Path) -> Path:
+    """A dataset whose outlines have these columns."""
+    geopandas = pytest.importorskip("geopandas")
+    from tests.outlines import write_outlines
+
+    folder = write_folder(tmp_path / "set", n_parcels=36, classes=(1, 2))
+    corners = [(500_000 + 150 * (i % 6), 4_800_000 + 200 * (i // 6)) for i in range(36)]
+    path = write_outlines(folder / "META" / "parcels.gpkg", range(1, 37), corners)
+    table = geopandas.read_file(path).assign(**grid_of_parcels())
+    path.unlink()
+    table.to_file(path, layer="parcels")
+    return folder
+
+
+def read_tests(folder: Path) -> list[list[int]]:
+    return [split["test"] for split in read_splits(folder / "META" / "folds.json")]
+
+
+def test_groups_by_column_table_and_json_are_the_same(split, parcels: Path, tmp_path: Path) -> None:
+    columns = grid_of_parcels()
+    rows = "\n".join(";".join(map(str, row)) for row in zip(*columns.values()))
+    (tmp_path / "t.csv").write_text(f"{';'.join(columns)}\n{rows}\n")
+    pairs = {str(i): [a, b] for i, a, b in zip(*columns.values())}
+    (tmp_path / "g.json").write_text(json.dumps(pairs))
+    found = []
+    for named in (
+        ["region", "farm"],
+        [f"{tmp_path / 't.csv'}", "region", "farm"],
+        [f"{tmp_path / 'g.json'}"],
+    ):
+        split.split(parcels, kfold=4, groups=named)
+        found.append(read_tests(parcels))
+        assert json.loads((parcels / "META" / "folds.json").read_text())["groups"] == named
+    assert found[0] == found[1] == found[2]
+    assert sorted(parcel for part in found[0] for parcel in part) == columns["id"]
+    groups = [{tuple(pairs[str(parcel)]) for parcel in part} for part in found[0]]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 9  # none in two parts
+
+
+def test_own_ids_name_the_parcels(split, parcels: Path, tmp_path: Path) -> None:
+    import geopandas
+
+    split.split(parcels, kfold=3, groups=["region"])
+    expected, columns = read_tests(parcels), grid_of_parcels(own=True)
+    path = parcels / "META" / "parcels.gpkg"
+    table = geopandas.read_file(path)[["id", "geometry"]].assign(parcel=columns["id"])
+    path.unlink()
+    table.to_file(path, layer="parcels")
+    table = table.drop(columns="id").assign(FIELD=columns["id"], region=columns["region"])
+    shuffled = table.drop(columns="parcel").sample(frac=1, random_state=1)
+    shuffled.to_file(tmp_path / "agency.gpkg")
+    shuffled[["FIELD", "region"]].to_csv(tmp_path / "agency.csv", index=False)
+    split.split(parcels, None, 3, 1, tmp_path / "agency.gpkg", "FIELD", groups=["region"])
+    assert read_tests(parcels) == expected
+    split.split(parcels, None, 3, id_column="FIELD", groups=[str(tmp_path / "agency.csv"), "region"])
+    assert read_tests(parcels) == expected
+
+
+def test_groups_of_a_table_need_no_outlines(split, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=12)
+    write_meta(folder, "groups", {str(i): 2015 + i % 4 for i in range(1, 13)})
+    split.split(folder, kfold=4, groups=[str(folder / "META" / "groups.json")])
+    assert {frozenset(part) for part in read_tests(folder)} == {
+        frozenset(range(i or 4, 13, 4)) for i in range(4)
+    }
+    assert not (folder / "META" / "folds.png").exists()
+    assert "No picture of the folds: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", ["--groups farm --kfold 3", "--blocks 0.3 --kfold 3"])
+@pytest.mark.parametrize("buffer", [50.0, 60.0])
+def test_what_is_too_near_a_test_parcel_is_in_no_part(
+    options: str,
+    buffer: float,
+    split,
+    parcels: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Squares of 100 m, 50 m apart to the east and 100 m to the north: 50 m leaves none out, more does."""
+    import geopandas
+
+    from data.outlines import to_ground
+
+    run_command(split.main, f"{parcels} {options}", monkeypatch)
+    without = read_splits(parcels / "META" / "folds.json")
+    run_command(split.main, f"{parcels} {options} --buffer {buffer - 0.5}", monkeypatch)
+    outlines = to_ground(geopandas.read_file(parcels / "META" / "parcels.gpkg")).set_index("id").geometry
+    splits = read_splits(parcels / "META" / "folds.json")
+    n_left_out = 0
+    for before, after in zip(without, splits, strict=True):
+        assert after["test"] == before["test"]
+        for part in ("train", "validation"):
+            apart = {
+                parcel: outlines[after["test"]].distance(outlines[parcel]).min() for parcel in before[part]
+            }
+            assert after[part] == [parcel for parcel in before[part] if apart[parcel] >= buffer - 0.5]
+            n_left_out += len(before[part]) - len(after[part])
+    assert (n_left_out > 0) == (buffer > 50)
+    assert ("too near" in capsys.readouterr().out) == (buffer > 50)
+
+
+def test_near_parcels_are_those_of_a_plain_comparison(split) -> None:
+    shapely = pytest.importorskip("shapely")
+    random = np.random.default_rng(3)
+    centres = random.uniform(0, 2000, (200, 2))
+    outlines = shapely.buffer(shapely.points(centres), random.uniform(5, 80, 200), quad_segs=2)
+    part = random.integers(0, 4, 200)
+    for distance in (1.0, 60.0):
+        near = split.near_test(outlines, part, distance)
+        apart = shapely.distance(outlines[:, None], outlines)
+        for k in range(4):
+            expected = (apart[:, part == k].min(1) < distance) & (part != k)
+            assert expected.any() and (near[k] == expected).all()
+
+
+def test_picture_shows_groups(split, parcels: Path) -> None:
+    from data.outlines import to_ground
+    from preprocessing.parcels import read_outlines
+    from reports.folds import plot_parts
+    from tests.test_plots import check_texts
+
+    outlines = to_ground(read_outlines(parcels / "META" / "parcels.gpkg", group_columns=["region"]))
+    part = np.arange(36) // 12
+    figure = plot_parts(outlines.geometry, part, "3 parts of groups", outlines["group"].to_numpy(str))
+    (panel,) = figure.axes
+    texts = figure.legends[0].get_texts()
+    check_texts(figure, [panel.title, *texts])
+    assert [text.get_text().split(": ")[1] for text in texts] == ["north", "middle", "south"]
+    _, lines = panel.collections
+    bounds = {tuple(np.round([*line.min(0), *line.max(0)])) for line in lines.get_segments()}
+    expected = {tuple(np.round(outlines.geometry[part == k].total_bounds)) for k in range(3)}
+    assert bounds == expected
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--groups region", ["3 group(s)", "5 parts", "--groups"]),
+        ("--groups soil", ["no column 'soil'", "region, farm"]),
+        ("--groups {}/t.csv", ["t.csv", "column"]),
+        ("--groups {}/t.csv soil", ["t.csv", "no column 'soil'", "id, farm"]),
+        ("--groups {}/t.csv farm --kfold 3", ["t.csv", "parcel 6 ", "31 missing"]),
+        ("--groups {}/t.json", ["t.json", "{parcel id: group}"]),
+        ("--groups {}/nowhere.json", ["nowhere.json"]),
+        ("--groups farm --kfold 3 --buffer 5000", ["--buffer 5000", "train", "fold 1"]),
+        ("--groups farm --blocks 1", ["--groups", "--blocks"]),
+        ("--kfold 3", ["--blocks", "--groups"]),
+    ],
+)
+def test_wrong_groups_in_one_sentence(
+    options: str,
+    words: list[str],
+    split,
+    parcels: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "t.csv").write_text("id,farm\n1,a\n2,b\n3,c\n4,d\n5,e\n6,\n")
+    (tmp_path / "t.json").write_text('{"1": {"farm": 3}}')
+    with pytest.raises(SystemExit) as end:
+        run_command(split.main, f"{parcels} {options.format(tmp_path)}", monkeypatch)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (parcels / "META" / "folds.json").exists()
+
+
+def test_a_group_that_holds_most_parcels_is_said(split) -> None:
+    groups = np.array(["large"] * 30 + ["a", "b", "c"] * 3)
+    part = split.deal(groups, np.array(["x"] * 39), 3, 1, "group")
+    (line,) = (line for line in split.describe(groups, groups, part, "group") if line.startswith("Uneven"))
+    assert "'large'" in line and "30 of 39" in line and f"part {part[0] + 1} " in line
+    assert not any("Uneven" in line for line in split.describe(groups[21:], groups[21:], part[21:], "group"))
 
 
 # ------------------------------------------------------------------------------------------- splits listed by hand

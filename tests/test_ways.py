@@ -394,7 +394,7 @@ def test_labels_from_a_table(separator: str, tmp_path: Path, monkeypatch: pytest
     [
         ("id,crop\n1,a\n", ["'label'", "id, crop", "--label_column"]),
         ("id,label\n1,a\n1,b\n", ["parcel 1", "'a'", "'b'"]),
-        ("id,label\n1,\n", ["no label"]),
+        ("id,label\n1,\n", ["nothing", "--label_column"]),
         ("", ["'id'", "--id_column"]),
         (None, ["cannot be read"]),
     ],

@@ -1,6 +1,7 @@
 """Outlines of parcels: read and checked, their coordinate system, their geometrical features."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from geopandas import GeoDataFrame, GeoSeries
 from pyproj import CRS
 
 from common.errors import UserError, as_user_error
+from data.outlines import JOINT
 
 GEOMFEAT = ["perimeter (m)", "area (m2)", "pixels / pixels of the bounding box", "perimeter / area (1/m)"]
 
@@ -22,7 +24,7 @@ class Parcels(NamedTuple):
 
     Attributes:
         table: columns id (whole numbers), label (None without one), geometry; and parcel, the ids of the file, where
-            those are not whole numbers.
+            those are not whole numbers; and group, see `group_columns`.
         left_out: id and reason of those left out already.
         classes: names of the labels, by label as text.
     """
@@ -39,6 +41,7 @@ def read_parcels(
     layer: str | None = None,
     skip_invalid: bool = False,
     class_column: str | None = None,
+    group_columns: Sequence[str] = (),
 ) -> Parcels:
     """Reads parcel outlines in any vector format, or GeoParquet.
 
@@ -49,11 +52,13 @@ def read_parcels(
         layer: of a file with several.
         skip_invalid: leave out parcels whose outline is empty or no area, instead of stopping.
         class_column: column of the labels' names; None where labels are names themselves, or have none.
+        group_columns: columns whose values, joined as text, become the column group; None where one has none.
 
     Raises:
         UserError: if the file, a column or its coordinate system is missing, ids repeat, or an outline is empty.
     """
-    table = _read_table(Path(path), [name for name in (id_column, label_column, class_column) if name], layer)
+    columns = [name for name in (id_column, label_column, class_column, *group_columns) if name]
+    table = _read_table(Path(path), list(dict.fromkeys(columns)), layer)
     if not len(table):
         raise UserError(f"{path} contains no parcel; expected one outline per parcel.")
     if table.crs is None:
@@ -67,6 +72,10 @@ def read_parcels(
         parcels["label"] = pandas.Series(_labels(table[label_column]), dtype=object)
     if names is not None:
         parcels["parcel"] = names
+    if group_columns:
+        groups = zip(*([_plain(value) for value in table[name]] for name in group_columns))
+        joined = [None if None in group else JOINT.join(map(str, group)) for group in groups]
+        parcels["group"] = pandas.Series(joined, dtype=object)
     classes = _class_names(parcels["label"], table[class_column] if class_column else None, path)
     left_out = []
     empty = outlines.isna() | outlines.is_empty
