@@ -3,6 +3,7 @@
 import common  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,6 @@ from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, fraction, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, together
-from data.classes import read_class_names
 from data.metadata import LabelsTable, read_info
 from data.outlines import OUTLINES, read_own_ids
 from data.samplers import BatchSampler, evaluation_batch
@@ -28,7 +28,7 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.predictions import OUTPUTS, TABLE, Jury, Telling, describe_scores, predict, write_predictions
+from learning.predictions import OUTPUTS, TABLE, Jury, describe_scores, predict, write_predictions
 from learning.results import CONFIG, prepare_output, read_confusions
 from learning.run import Run, open_run, published_run
 from models.architecture import Architecture, DataShape, read_preset
@@ -140,8 +140,7 @@ def main() -> None:
     if outlines is not None:
         outlines = match_outlines(outlines, dataset.pid)
     run = replace(run, architecture=choose_architecture(args, run, dataset))
-    names = run.class_names or read_class_names(dataset.folder, run.data.labels)
-    telling = Telling(read_own_ids(dataset.folder), names, args.doubt, thresholds)
+    telling = run.telling(dataset, args.doubt, thresholds)
     if args.attention:
         channels = read_info(dataset.folder).get("bands") or []
         bands = choose_bands(args.ndvi_bands, channels, dataset.n_channels)
@@ -176,7 +175,7 @@ def main() -> None:
     if (predictions.targets != UNKNOWN).any():
         print(f"Suspects: {write_suspects(output / TABLE, output) if jury.is_known else NO_SUSPECTS}")
     if args.attention:
-        show_attention(ensemble, dataset, predicted, classes, names, bands, args, device, output)
+        show_attention(ensemble, dataset, predicted, classes, telling.names, bands, args, device, output)
     if outlines is not None:
         picture, heading = args.map and Path(args.map), describe_dataset(dataset)
         tested = [] if run.is_bare else list(read_confusions(run.folder, len(classes)).values())
@@ -205,14 +204,16 @@ def open_outlines(args: argparse.Namespace, run: Run) -> "GeoDataFrame | None":
     """The outlines that the flags ask for, checked; None if they ask for none."""
     if args.map:
         check_picture(args.map)
-    if args.parcels:
-        return read_outlines(args.parcels, args.id_column)
-    if args.map:
-        folder = run.dataset_folder if args.dataset_folder is None else Path(args.dataset_folder)
-        if run.about.get("simulated") and not (folder / "META" / OUTLINES).exists():
-            raise UserError("--map needs outlines, which the embedded dataset does not have; give --parcels.")
-        return read_outlines(folder / "META" / OUTLINES, args.id_column)
-    return None
+    if not args.map and not args.parcels:
+        return None
+    folder = args.dataset_folder
+    if folder is None:
+        folder = embedded_dataset() if run.is_bare else run.dataset_folder
+    own = Path(folder) / "META" / OUTLINES
+    is_embedded = args.dataset_folder is None and run.about.get("simulated", run.is_bare)
+    if is_embedded and not args.parcels and not own.exists():
+        raise UserError("--map needs outlines, which the embedded dataset does not have; give --parcels.")
+    return read_outlines(args.parcels or own, args.id_column, read_own_ids(Path(folder)))
 
 
 def choose_run(args: argparse.Namespace) -> Run:
@@ -307,7 +308,7 @@ def show_attention(
     dataset: PixelSetData,
     predicted: np.ndarray,
     classes: list[int | str],
-    names: dict[str, str],
+    names: Mapping[str, str],
     bands: tuple[int, int] | None,
     args: argparse.Namespace,
     device: torch.device,

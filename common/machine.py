@@ -4,7 +4,8 @@ import ctypes
 import os
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,35 @@ def prepare_device(device: torch.device, tf32: bool = False) -> None:
         return
     if device.index is not None:
         torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    _set_rules((tf32, tf32, True, False))  # nothing here reads memory that was not filled
+
+
+@contextmanager
+def prepared_device(device: torch.device, tf32: bool = False) -> Iterator[None]:
+    """The rules of `prepare_device` for a while; then those of before, which may be somebody else's, again."""
+    before = _rules()
+    try:
+        if device.type == "cuda":
+            _set_rules((tf32, tf32, True, False))
+        yield
+    finally:
+        _set_rules(before)
+
+
+def _rules() -> tuple[bool, bool, bool, bool]:
+    """Whether matrix products may round to TF32, cuDNN may, kernels have to be deterministic, new memory is filled."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return (
+        *tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+def _set_rules(rules: tuple[bool, bool, bool, bool]) -> None:
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = rules[:2]
+    torch.use_deterministic_algorithms(rules[2])
+    torch.utils.deterministic.fill_uninitialized_memory = rules[3]
 
 
 def free_memory(device: torch.device) -> int:

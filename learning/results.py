@@ -1,16 +1,22 @@
 """The files of a results folder."""
 
 import io
+import math
 import pickle
+import reprlib
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.arrays import load_arrays
 from common.errors import UserError, as_user_error
 from common.files import write_bytes, write_json
+from common.flags import is_until
 from learning.metrics import confusion_matrix_analysis
+from models.architecture import flags, known_encoders
 
 CONFIG, NORMALISATION, OVERALL, PER_CLASS = "conf.json", "normalisation.npz", "overall.json", "per_class.json"
 TRAINLOG, TEST_METRICS, CONFUSION = "trainlog.json", "test_metrics.json", "conf_mat.pkl"
@@ -164,3 +170,78 @@ def to_npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
+
+
+def _is_whole(value: Any, least: float = 1) -> bool:
+    """Whether a value of a JSON file is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, least: float = 0) -> bool:
+    """Whether a value of a JSON file is a number of at least `least`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least
+
+
+def _is_list(value: Any, least: float = 1) -> bool:
+    """Whether a value of a JSON file is a list of such numbers, not empty."""
+    return isinstance(value, list) and bool(value) and all(_is_whole(item, least) for item in value)
+
+
+def _is_classes(value: Any) -> bool:
+    """Whether a value of a JSON file is a list of labels, all of them whole numbers or all text."""
+    return _is_list(value, -math.inf) or (
+        isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
+    )
+
+
+def _or_none(is_valid: Callable[..., bool], *args: Any) -> Callable[[Any], bool]:
+    """Also accepts null."""
+    return lambda value: value is None or is_valid(value, *args)
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises a UserError unless what is read from conf.json is as expected."""
+    for name, is_valid in _entries().items():
+        if name in config and not is_valid(config[name]):
+            raise UserError(
+                f"{path} is damaged: {name!r} is {reprlib.repr(config[name])}; expected the file that train.py wrote."
+            )
+
+
+def _entries() -> dict[str, Callable[[Any], bool]]:
+    """What is read from conf.json, and what is expected there."""
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def is_flag(value: Any) -> bool:
+        return isinstance(value, bool)
+
+    entries: dict[str, Callable[[Any], bool]] = {
+        **dict.fromkeys(("labels", "dataset_folder"), _or_none(is_text)),
+        "labels_table": _or_none(lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_text, x))),
+        "sub_classes": _is_classes,
+        "npixel": _is_whole,
+        "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),
+        "units": _or_none(_is_number),
+        "season_start": _or_none(lambda value: _is_list(value) and len(value) == 2),
+        "until": _or_none(is_until),
+        "class_names": _or_none(lambda value: isinstance(value, dict)),
+        "pooling": is_text,
+        "positions": lambda value: value in ("bespoke", "order"),
+        **dict.fromkeys(("loss", "optimizer", "schedule"), is_text),
+        "lms": _or_none(_is_whole),
+        **dict.fromkeys(("date_positions", "grid"), _or_none(_is_list, -math.inf)),
+        **dict.fromkeys(("n_extra", "rdm_seed", "temporal_shift"), lambda value: _is_whole(value, 0)),
+        **dict.fromkeys(("kfold", "epochs", "batch_size", "input_dim", "num_classes"), _is_whole),
+        **dict.fromkeys(("lr", "gamma", "temporal_dropout"), _is_number),
+        **dict.fromkeys(("mlp1", "mlp2", "mlp4"), _is_list),
+        **dict.fromkeys((*flags(), "nodata_declared"), is_flag),
+    }
+    for kind in known_encoders().values():
+        for name, size in kind.sizes.items():
+            is_valid = _is_list if isinstance(size.default, list) else _is_whole
+            if isinstance(size.default, float):
+                is_valid = lambda value: _is_number(value) and isinstance(value, float) and value < 1  # noqa: E731
+            entries[name] = _or_none(is_valid) if size.optional else is_valid
+    return entries

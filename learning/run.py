@@ -1,8 +1,6 @@
 """A training as conf.json tells it: the settings with which inference, resuming, reports and notebooks do as it did."""
 
-import math
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,17 @@ import torch
 
 from common.errors import UserError, as_user_error
 from common.files import read_json
-from common.flags import is_until
+from common.machine import prepared_device
+from data.classes import read_class_names
 from data.folds import fold_splits
+from data.outlines import read_own_ids
 from data.parts import PARTS, Parts, data_key, fingerprints
 from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
 from learning.calibration import read_temperature
 from learning.options import resolve_architecture
-from learning.predictions import Jury, Predictions, join, predict
-from learning.results import CONFIG, NORMALISATION, load_normalisation
+from learning.predictions import Jury, Predictions, Telling, join, predict
+from learning.results import CONFIG, NORMALISATION, check_config, load_normalisation
 from models.architecture import Architecture, DataShape, default_settings, flags, known_encoders
 from models.ensemble import Ensemble, load_members
 from models.stclassifier import PseClassifier
@@ -190,6 +190,18 @@ class Run:
         key = data_key(ids, dataset.target[known], splits)
         return Parts.of(marks[known], splits) if self.about.get("data_key", key) == key else None
 
+    def telling(
+        self, dataset: PixelSetData, doubt: float = 0.5, thresholds: Mapping[int, float] | None = None
+    ) -> Telling:
+        """How predictions for a dataset are told: ids as in the file it comes from, names of the classes.
+
+        Args:
+            dataset: opened by this run.
+            doubt, thresholds: see `Telling`.
+        """
+        names = self.class_names or read_class_names(dataset.folder, self.data.labels)
+        return Telling(read_own_ids(dataset.folder), names, doubt, thresholds or {})
+
     def predict(
         self,
         dataset_folder: str | Path | None = None,
@@ -197,6 +209,7 @@ class Run:
         device: str | torch.device | None = None,
         batch_size: int | None = None,
         num_workers: int = 0,
+        tf32: bool = False,
     ) -> Predictions:
         """Classes of all parcels of a dataset, whose pixels are read and normalised as the run did.
 
@@ -206,6 +219,7 @@ class Run:
             device: where to compute; without it on a GPU if there is one.
             batch_size: parcels at a time; without it 128, and 1,024 where a GPU holds the pixels.
             num_workers: most loading processes.
+            tf32: whether a GPU may round factors of products to TF32, while this runs.
 
         Raises:
             UserError: saying which file is not as expected.
@@ -216,7 +230,9 @@ class Run:
         jury = self.jury(dataset, ensemble, fold)
         if dataset.fits_on(device):
             dataset = dataset.to(device)
-        return join(list(predict(jury, dataset, self.data.classes, batch_size, num_workers, device)))
+        how = self.data.classes, batch_size, num_workers, device, self.telling(dataset)
+        with prepared_device(device, tf32):
+            return join(list(predict(jury, dataset, *how)))
 
 
 def open_run(folder: str | Path, classifier: type[PseClassifier] | None = None) -> Run:
@@ -266,11 +282,7 @@ def read_run(folder: Path) -> Run:
     if not isinstance(found, dict) or not found.keys() & DataSettings().to_config().keys():
         raise UserError(f"{path} is something else; expected the file that train.py wrote.")
     config = default_settings() | asdict(Training()) | DataSettings().to_config() | found
-    for name, is_valid in _entries().items():
-        if name in config and not is_valid(config[name]):
-            raise UserError(
-                f"{path} is damaged: {name!r} is {reprlib.repr(config[name])}; expected the file that train.py wrote."
-            )
+    check_config(path, config)
     norm, extra_stats = load_normalisation(folder)
     expected = 2 * [(config["n_extra"],)] if config["n_extra"] else []
     if norm is not None and [values.shape for values in extra_stats or ()] != expected:
@@ -280,69 +292,3 @@ def read_run(folder: Path) -> Run:
         )
     data = DataSettings.from_config(config, norm, extra_stats)
     return Run(folder, data, Architecture.from_dict(found), Training.from_config(config), found)
-
-
-def _is_whole(value: Any, least: float = 1) -> bool:
-    """Whether a value of a JSON file is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any, least: float = 0) -> bool:
-    """Whether a value of a JSON file is a number of at least `least`."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value >= least
-
-
-def _is_list(value: Any, least: float = 1) -> bool:
-    """Whether a value of a JSON file is a list of such numbers, not empty."""
-    return isinstance(value, list) and bool(value) and all(_is_whole(item, least) for item in value)
-
-
-def _is_classes(value: Any) -> bool:
-    """Whether a value of a JSON file is a list of labels, all of them whole numbers or all text."""
-    return _is_list(value, -math.inf) or (
-        isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
-    )
-
-
-def _or_none(is_valid: Callable[..., bool], *args: Any) -> Callable[[Any], bool]:
-    """Also accepts null."""
-    return lambda value: value is None or is_valid(value, *args)
-
-
-def _entries() -> dict[str, Callable[[Any], bool]]:
-    """What is read from conf.json, and what is expected there."""
-
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str)
-
-    def is_flag(value: Any) -> bool:
-        return isinstance(value, bool)
-
-    entries: dict[str, Callable[[Any], bool]] = {
-        **dict.fromkeys(("labels", "dataset_folder"), _or_none(is_text)),
-        "labels_table": _or_none(lambda x: isinstance(x, list) and len(x) == 3 and all(map(is_text, x))),
-        "sub_classes": _is_classes,
-        "npixel": _is_whole,
-        "nodata": lambda value: value in (None, "inf", "-inf") or _is_number(value, -math.inf),
-        "units": _or_none(_is_number),
-        "season_start": _or_none(lambda value: _is_list(value) and len(value) == 2),
-        "until": _or_none(is_until),
-        "class_names": _or_none(lambda value: isinstance(value, dict)),
-        "pooling": is_text,
-        "positions": lambda value: value in ("bespoke", "order"),
-        **dict.fromkeys(("loss", "optimizer", "schedule"), is_text),
-        "lms": _or_none(_is_whole),
-        **dict.fromkeys(("date_positions", "grid"), _or_none(_is_list, -math.inf)),
-        **dict.fromkeys(("n_extra", "rdm_seed", "temporal_shift"), lambda value: _is_whole(value, 0)),
-        **dict.fromkeys(("kfold", "epochs", "batch_size", "input_dim", "num_classes"), _is_whole),
-        **dict.fromkeys(("lr", "gamma", "temporal_dropout"), _is_number),
-        **dict.fromkeys(("mlp1", "mlp2", "mlp4"), _is_list),
-        **dict.fromkeys((*flags(), "nodata_declared"), is_flag),
-    }
-    for kind in known_encoders().values():
-        for name, size in kind.sizes.items():
-            is_valid = _is_list if isinstance(size.default, list) else _is_whole
-            if isinstance(size.default, float):
-                is_valid = lambda value: _is_number(value) and isinstance(value, float) and value < 1  # noqa: E731
-            entries[name] = _or_none(is_valid) if size.optional else is_valid
-    return entries

@@ -21,7 +21,7 @@ import inference
 import train
 from benchmarks import cuda
 from common.errors import run_cli
-from common.machine import map_tensors
+from common.machine import map_tensors, prepared_device
 from common.processes import join_ranks
 from data.device import DeviceLoader
 from data.folds import fold_splits
@@ -32,6 +32,7 @@ from learning.checkpoints import STATE
 from learning.engine import OPTIMIZERS, ReplayedSteps, train_epoch
 from learning.focal_loss import FocalLoss
 from learning.options import resolve_architecture
+from learning.run import open_run
 from learning.weight_init import weight_init
 from models.architecture import DataShape
 from preprocessing.simulate import simulate
@@ -232,6 +233,10 @@ def test_inference_and_attention_give_the_numbers_of_a_cpu(
             assert batch_sizes == {1024 if has_room else 128}
             assert any("PixelStore.to" in place for place in log.waits) == has_room
         outputs.append(read_outputs(output))
+        if case.name in WITH_ATTENTION[:1] and device == "cuda":
+            with pretend_cuda(free):
+                predicted = open_run(case.cpu).predict(case.folder, device="cuda")
+            np.testing.assert_allclose(predicted.confidence, outputs[-1][0][:, 3], rtol=1e-5)
         batch_sizes.clear()
     expected, *others = outputs
     assert len(expected) == (6 if case.name in WITH_ATTENTION else 1)
@@ -289,6 +294,23 @@ def test_a_command_chooses_its_gpu_and_one_precision(
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
     assert torch.are_deterministic_algorithms_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+
+
+def test_a_device_is_prepared_for_a_while(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as PyTorch begins
+
+    def rules() -> tuple[bool, ...]:
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return *tf32, torch.are_deterministic_algorithms_enabled()
+
+    before = rules()
+    for tf32 in (False, True):
+        with pytest.raises(KeyError), prepared_device(CUDA, tf32):
+            assert rules() == (tf32, tf32, True)
+            raise KeyError
+        assert rules() == before == (True, False, False)
+    with prepared_device(torch.device("cpu")):
+        assert rules() == before
 
 
 @pytest.mark.parametrize("dates", DATES)

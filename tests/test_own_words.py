@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from data.outlines import read_own_ids
+from data.outlines import read_own_ids, to_dataset_ids
 from learning.predictions import Predictions, Telling, read_rows
+from learning.run import open_run
 from reports.areas import write_areas
 from tests.commands import run_inference, run_train
 from tests.folders import write_folder, write_meta
@@ -76,6 +77,54 @@ def test_table_suspects_and_areas(
         expected = n - (predicted[0] == row["label"]) * hole
         assert float(row["hectares"]) == pytest.approx(expected, rel=2e-3)
     assert sum(float(row["share_of_hectares"]) for row in areas) == pytest.approx(1, abs=1e-5)
+
+
+def test_in_python_they_are_the_same_words(folder: Path, weights: Path, tmp_path: Path) -> None:
+    predicted = open_run(weights).predict(folder, device="cpu")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        output = run_inference(folder, weights, tmp_path / "out", "", monkeypatch)
+    rows = list(read_rows(output / "predictions.csv"))
+    for name, column in predicted.told.items():
+        assert [row[name] for row in rows] == list(map(str, column))
+    assert predicted.told["parcel"][:2] == ["A1", "A2"] and "predicted_name" in predicted.told
+
+
+def test_outlines_of_the_agency_itself(
+    folder: Path,
+    weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """With its ids, in another order, one missing and one more, moved so that they can be told from the dataset's."""
+    table = geopandas.read_file(folder / "META" / "parcels.gpkg").rename(columns={"parcel": "FIELD"})
+    table = table.drop(columns="id").translate(7).to_frame("geometry").assign(FIELD=table["FIELD"])
+    table.loc[0, "FIELD"] = "B77"
+    table[::-1].to_file(tmp_path / "agency.gpkg")
+    options = f"--parcels {tmp_path / 'agency.gpkg'} --id_column FIELD"
+    output = run_inference(folder, weights, tmp_path / "out", options, monkeypatch)
+    said = capsys.readouterr().out
+    assert "1 of 15 parcels have none" in said and "1 are of no parcel" in said
+    frame = geopandas.read_file(output / "predictions.gpkg").set_index("parcel")
+    assert sorted(frame.index) == sorted(f"A{i}" for i in range(2, 16))
+    for own, outline in zip(table["FIELD"], table.geometry):
+        assert own == "B77" or frame.loc[own].geometry.equals(outline)
+    rows = {row["parcel"]: row for row in read_rows(output / "predictions.csv")}
+    assert all(frame.loc[own, "predicted_label"] == rows[own]["predicted_label"] for own in frame.index)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["1", "3", "9"], ["1", "3", "9"]),  # the dataset's
+        (["2", "3", "A"], ["1", "2", "3"]),  # their own, which look alike
+        (["A", "B"], ["3", None]),
+        (["B", "C"], ["B", "C"]),
+    ],
+)
+def test_ids_are_the_kind_that_more_of_them_are(names: list[str], expected: list[str | None]) -> None:
+    assert to_dataset_ids(names, {"1": "2", "2": "3", "3": "A", "9": "X"}) == expected
+    assert to_dataset_ids(names, {}) == names
 
 
 def test_areas_without_outlines_and_of_parcels_never_observed(tmp_path: Path) -> None:
