@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.machine import free_memory
 from data import prepare
 from data.batch import Batch, send, take_dates
 from data.classes import UNKNOWN  # noqa: F401  # where people look for it
+from data.device import OnDevice
 from data.draws import choose_pixels, noise_places, noise_values, parcel_keys, stream_key, uniform_values
 from data.loader import batch_loader  # noqa: F401  # likewise
 from data.metadata import Arrays, check_norm
@@ -23,7 +23,7 @@ from data.parcels import Parcels
 from data.settings import DataSettings
 
 
-class PixelSetData(Parcels, Dataset):
+class PixelSetData(Parcels, OnDevice, Dataset):
     """Parcels as sets of pixels with a time series each (Garnot et al., CVPR 2020, section 4.1).
 
     On first use the folder is checked and packed (`data/packing.py`). Every access draws npixel pixels of a
@@ -153,24 +153,6 @@ class PixelSetData(Parcels, Dataset):
         self._scale = torch.from_numpy(1 / std).float().to(self.device)
         self._shift = torch.from_numpy(-mean / std).float().to(self.device)
 
-    def fits_on(self, device: torch.device) -> bool:
-        """Whether the pixels take at most half of the memory that is free on a CUDA device, and can be used there."""
-        return device.type == "cuda" and not self.varying and 2 * self.store.n_bytes < free_memory(device)
-
-    def to(self, device: torch.device) -> "PixelSetData":
-        """The same parcels, and draws, with all they need on a device, where batches are then prepared."""
-        view = copy.copy(self)
-        view.store = self.store.to(device)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(view, name, value.to(device))
-        return view if self._draw is None else view.epoch_draws(*self._draw)
-
-    @property
-    def device(self) -> torch.device:
-        """Where batches are prepared."""
-        return self._target.device
-
     def epoch_draws(self, *words: int | str) -> "PixelSetData":
         """The same parcels with the draws of one epoch: pure functions of `words` (say seed, fold, epoch) and parcel."""
         view = copy.copy(self)
@@ -240,7 +222,7 @@ class PixelSetData(Parcels, Dataset):
         data, *others = self._load(items)
         return (data if self.varying else data.published(), *others)
 
-    def _load(self, items: Sequence[int] | Tensor) -> tuple[Any, ...]:
+    def _load(self, items: Sequence[int] | Tensor, is_raw: bool = False) -> tuple[Any, ...]:
         """`batch`, its data a `Batch` in any case."""
         items = send(torch.as_tensor(items), self.device)
         if self._drawn is None:
@@ -248,11 +230,11 @@ class PixelSetData(Parcels, Dataset):
             drawn = self._draw_for(self._ids[items], self._sizes[items], words)
         else:
             drawn = {name: values[items] for name, values in self._drawn.items()}
-        data, target = self._prepare(items, drawn), self._target[items]
+        data, target = self._prepare(items, drawn, is_raw), self._target[items]
         return (data, target, [self.pid[i] for i in items.tolist()]) if self.return_id else (data, target)
 
-    def _prepare(self, items: Tensor, drawn: dict[str, Tensor]) -> Batch:
-        """Reads the pixels that are drawn, and takes them through all steps."""
+    def _prepare(self, items: Tensor, drawn: dict[str, Tensor], is_raw: bool) -> Batch | prepare.Raw:
+        """Reads the pixels that are drawn, and takes them through all steps, or only those on raw numbers."""
         places, sizes, B, L = self._places[items], self._sizes[items], len(items), self.n_dates
         begin = self.store.locate(places, drawn["pixels"])
         slots = torch.arange(self.npixel, device=self.device)
@@ -279,12 +261,18 @@ class PixelSetData(Parcels, Dataset):
             pixels = self.store.read(begin[part], int(n_rows[part].max())).permute(0, 2, 3, 1)
             return take_dates(pixels, torch.from_numpy(rows[part][:, :most].clip(max=pixels.shape[1] - 1)))
 
+        frame, (decide, steps) = Batch(None, mask, extra, days, present), self._steps(drawn)
+        if not is_raw:
+            return prepare.prepare(frame, read, decide, steps, n_dates, self.n_channels, changed)
+        raw = prepare.prepare(frame, read, decide, (), n_dates, self.n_channels, changed, self.store.sent_as)
+        return prepare.Raw(prepare.once(raw), drawn.get("noise"), drawn.get("moved"))
+
+    def _steps(self, drawn: dict[str, Tensor]) -> tuple[prepare.Steps, prepare.Steps]:
+        """What is done with raw numbers, and then with floats."""
         norm = None if self.norm is None else (self._scale, self._shift)
         by_date = norm is not None and max(values.ndim for values in self.norm) == 2
         nodata = () if self.complete else (self.store.nodata,)
-        steps = prepare.list_steps(drawn, nodata, norm, by_date, self._noise, self._own, self.varying)
-        frame = Batch(None, mask, extra, days, present)
-        return prepare.prepare(frame, read, *steps, n_dates, self.n_channels, changed)
+        return prepare.list_steps(drawn, nodata, norm, by_date, self._noise, self._own, self.varying)
 
 
 class PixelSetData_preloaded(PixelSetData):

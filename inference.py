@@ -317,7 +317,7 @@ def show_attention(
     """Writes the mean attention of each true class or, where no label is known, of each predicted one."""
     known = (dataset.target != UNKNOWN).any()
     sampler = BatchSampler(range(len(dataset)), args.batch_size or evaluation_batch(dataset.device))
-    loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device.type == "cuda")
+    loader = batch_loader(dataset, sampler, count_workers(args.num_workers), device)
     groups = dataset.target if known else predicted
     attention = mean_attention(ensemble, dataset, loader, groups, len(classes), bands, device)
     folds = list(choose_folds(args.weight_dir, args.fold or "all"))

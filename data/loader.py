@@ -3,13 +3,16 @@
 import os
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import UserError
 from common.machine import map_tensors
-from data.device import DeviceLoader
+from data.device import DeviceLoader, SendingLoader
 from data.samplers import BatchSampler
+
+Loader = DataLoader | DeviceLoader | SendingLoader
 
 
 class _Batches(Dataset):
@@ -17,14 +20,15 @@ class _Batches(Dataset):
 
     Args:
         dataset: the parcels.
+        is_raw: asks for raw numbers.
         dense: writes out the rows that masks and extra features repeat: memory that is shared cannot be pinned.
     """
 
-    def __init__(self, dataset: Dataset, dense: bool) -> None:
-        self.dataset, self.dense = dataset, dense
+    def __init__(self, dataset: Dataset, is_raw: bool, dense: bool) -> None:
+        self.dataset, self.is_raw, self.dense = dataset, is_raw, dense
 
     def __getitem__(self, items: list[int]) -> tuple[Any, ...]:
-        batch = self.dataset.batch(items)
+        batch = self.dataset.raw_batch(items) if self.is_raw else self.dataset.batch(items)
         return map_tensors(_write_out, batch) if self.dense else batch
 
 
@@ -39,22 +43,32 @@ def _as_it_is(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def batch_loader(
-    dataset: Dataset, sampler: BatchSampler, num_workers: int, pin_memory: bool = False
-) -> DataLoader | DeviceLoader:
+    dataset: Dataset, sampler: BatchSampler, num_workers: int, device: torch.device = torch.device("cpu")
+) -> Loader:
     """A loader of whole batches as `PixelSetData.batch` builds them; num_workers does not change them.
 
-    A dataset on a GPU prepares its batches there, without worker processes.
+    A dataset on a GPU prepares its batches there, without worker processes. To another GPU they come as raw numbers, or in
+    pinned memory where a user's own functions change them, which are for the host.
+
+    Args:
+        dataset: the parcels.
+        sampler: gives the indices of every batch.
+        num_workers: loading processes.
+        device: where the batches are to be used.
     """
     if dataset.device.type != "cpu":
         return DeviceLoader(dataset, sampler)
-    return DataLoader(
-        _Batches(dataset, dense=pin_memory),
+    is_sent = device.type == "cuda"
+    is_raw = is_sent and not dataset.has_own_steps
+    loader = DataLoader(
+        _Batches(dataset, is_raw, dense=is_sent),
         sampler=sampler,
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=is_sent,
     )
+    return SendingLoader(loader, dataset, device) if is_raw else loader
 
 
 def check_batch(dataset: Dataset, batch_size: int) -> None:

@@ -2,7 +2,7 @@
 
 Steps that decide which dates there are, `fill_missing` to `first_dates`, work on raw numbers in the host's memory,
 since it must know how many there are. Those from `normalise` on work on floats in the memory of any device, and none
-makes the host wait for it.
+makes the host wait for it: raw numbers, in the type of the store, can be sent to a GPU before, see `Raw`.
 
 Pixels are pixel-major, (B, S, L, C) in memory, and a step may write to them. A step is called as (batch, draws) -> batch,
 with what it draws for each parcel, (B, ...), or None: draws are made for a whole batch at once, see `data.draws`, and do
@@ -10,6 +10,7 @@ not depend on the company that a parcel is in. On a CPU a batch passes in parts 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.threads import share
-from data.batch import Batch, memory, present_first
+from data.batch import Batch, memory, present_first, send
 from data.draws import add_noise
 from data.missing import find_missing
 
@@ -29,6 +30,24 @@ NUMBERS_PER_PART = 2**20  # at most, to stay in the cache
 PARCELS_PER_PART = 16  # at least, if these are not too many numbers: every part has its costs
 
 
+class Raw(NamedTuple):
+    """A batch on its way to a GPU, for `finish`: raw numbers, and rows that are repeated but once.
+
+    Attributes:
+        batch: in the host's memory; rows that all dates or parcels share stand in it once.
+        noise, moved: what is drawn for jitter, and to move calendars; None if nothing is.
+    """
+
+    batch: Batch
+    noise: Tensor | None
+    moved: Tensor | None
+
+    @property
+    def drawn(self) -> dict[str, Tensor]:
+        """By name, what is drawn for the steps that are left."""
+        return {name: x for name, x in self._asdict().items() if name != "batch" and x is not None}
+
+
 def prepare(
     frame: Batch,
     read: Callable[[Part, int], Tensor],
@@ -37,6 +56,7 @@ def prepare(
     n_dates: np.ndarray,
     n_channels: int,
     changed: Sequence[str],
+    dtype: torch.dtype = torch.float32,
 ) -> Batch:
     """Reads the pixels of a batch and takes them through steps, part by part.
 
@@ -47,24 +67,25 @@ def prepare(
         n_dates: of each parcel's file, (B,).
         n_channels: C.
         changed: names of what the steps change beside the pixels.
+        dtype: of the pixels between raw steps and others; the mask is of floats where the pixels are.
     """
     B, L, S = frame.mask.shape
 
     def load(part: Part, most: int, target: Tensor | None = None) -> Batch:
-        """A part, its floats in memory of its own, or in `target` if they fit."""
+        """A part, its pixels in memory of its own, or in `target` if they fit."""
         others = frame[1:]  # of all parcels, where steps neither change nor read them
         if changed:
             others = [None if x is None else x[part][:, :most] for x in frame[1:]]
         batch = _take(Batch(read(part, most), *others), raw_steps, part)
         fits = target is not None and batch.pixels.shape[1] == L
-        pixels = to_float(batch.pixels, target if fits else None)
+        pixels = convert(batch.pixels, dtype, target if fits else None)
         batch = batch._replace(pixels=pixels)  # the raw ones are freed, and their memory is used again
         return _take(batch, steps, part)
 
     if frame.mask.device.type != "cpu":
         return load(slice(0, B), L)
-    target = torch.empty(B, S, L, n_channels)
-    zeros = {name: _zeros_like(getattr(frame, name)) for name in changed}
+    target = torch.empty(B, S, L, n_channels, dtype=dtype)
+    zeros = {name: _zeros_like(getattr(frame, name), dtype.is_floating_point) for name in changed}
     whole = frame._replace(pixels=target.permute(0, 2, 3, 1), **zeros)
     size = max(PARCELS_PER_PART, -(-B // torch.get_num_threads()))
     size = max(1, min(size, NUMBERS_PER_PART // (S * L * n_channels)))
@@ -145,9 +166,11 @@ def list_steps(
     return decide, steps
 
 
-def _zeros_like(x: Tensor | np.ndarray) -> Tensor | np.ndarray:
-    """As many numbers 0 of float32, or truth values False, each in memory of its own."""
-    return torch.zeros(x.shape) if isinstance(x, Tensor) else np.zeros_like(x)
+def _zeros_like(x: Tensor | np.ndarray, floats: bool) -> Tensor | np.ndarray:
+    """As many numbers 0, of float32 if so asked of a tensor, each in memory of its own."""
+    if isinstance(x, Tensor):
+        return torch.zeros(x.shape, dtype=torch.float32 if floats else x.dtype)
+    return np.zeros_like(x)
 
 
 def fill_missing(nodata: float | None) -> Step:
@@ -185,13 +208,45 @@ def first_dates(batch: Batch, draws: Tensor | None = None) -> Batch:
     return present_first(batch)[0]
 
 
-def to_float(pixels: Tensor, target: Tensor | None = None) -> Tensor:
-    """Raw pixels (B, L, C, S) as float32, in `target`, (B, S, L, C), if given, else in new memory."""
+def convert(pixels: Tensor, dtype: torch.dtype, target: Tensor | None = None) -> Tensor:
+    """Raw pixels (B, L, C, S) as another type, in `target`, (B, S, L, C), if given, else in new memory."""
     x = memory(pixels)
     if x.dtype == torch.uint16 and x.device.type != "cpu":  # GPUs compute with signed types only
         x = x.view(torch.int16).int().bitwise_and_(0xFFFF)
-    x = x.to(torch.float32, copy=True) if target is None else target.copy_(x)
+    x = x.to(dtype, copy=True) if target is None else target.copy_(x)
     return x.permute(0, 2, 3, 1)
+
+
+def finish(raw: Raw, steps: Steps) -> Batch:
+    """What `prepare` would have given, of a batch whose raw numbers came to the memory of a device.
+
+    Args:
+        raw: with all but `present` there.
+        steps: that are left, all they need there too.
+    """
+    batch = raw.batch
+    B, L = batch.present.shape
+    batch = batch._replace(
+        pixels=convert(batch.pixels, torch.float32),
+        mask=batch.mask.float().expand(-1, L, -1),
+        extra=None if batch.extra is None else batch.extra.expand(-1, L, -1),
+        days=batch.days.expand(B, -1),
+    )
+    batch = _take(batch, steps, slice(None))
+    if batch.present.all():
+        return batch
+    present, x = send(batch.present, batch.pixels.device), memory(batch.pixels)
+    x.masked_fill_(~present[:, None, :, None], 0)
+    return batch._replace(pixels=x.permute(0, 2, 3, 1), days=batch.days.where(present, 0))
+
+
+def once(batch: Batch) -> Batch:
+    """The batch without the repetitions of rows that share memory."""
+
+    def rows(x: Tensor) -> Tensor:
+        return x[tuple(slice(1) if n == 0 else slice(None) for n in x.stride())]
+
+    return Batch(*(None if x is None else rows(x) for x in batch[:4]), batch.present)
 
 
 def normalise(scale: Tensor, shift: Tensor) -> Step:

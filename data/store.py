@@ -127,6 +127,12 @@ class PixelStore:
             )
 
     @property
+    def sent_as(self) -> torch.dtype:
+        """The type in which pixels go to a device: that of the files if it is small, else float32."""
+        small = self._values.dtype.itemsize <= 2 and self._values.dtype.kind != "f"
+        return torch.from_numpy(np.empty(0, self._values.dtype)).dtype if small else torch.float32
+
+    @property
     def n_bytes(self) -> int:
         """Room that the pixels take."""
         return self._values.nbytes

@@ -127,14 +127,14 @@ def train_fold(
         machine.device,
     )
     folder, batch_size = fold_folder(run.folder, fold), training.batch_size
-    workers, pinned = count_workers(machine.num_workers), device.type == "cuda"
+    workers = count_workers(machine.num_workers)
     model = new_model(run, fold, device)
     optimizer = OPTIMIZERS[training.optimizer](model.parameters(), training.lr)
     criterion = LOSSES[training.loss](training.gamma)
     train, val, test = split
     fixed, n = dataset.evaluation(seed), evaluation_batch(dataset.device, batch_size)
     val_loader, test_loader = (
-        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers, pinned)
+        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers, device)
         for part in (val, test)
     )
     draws = dataset.epoch_draws(seed, fold, 0)  # those of the epochs come into its memory
@@ -157,7 +157,7 @@ def train_fold(
         name = f"Fold {fold}/{training.kfold}  epoch {epoch}/{training.epochs}"
         order = BatchSampler(train, batch_size, stream_key("order", seed, fold, epoch), drop_single=True)
         draws.redraw(seed, fold, epoch)
-        loader = batch_loader(draws, RankBatches(order, divide=True), workers, pinned)
+        loader = batch_loader(draws, RankBatches(order, divide=True), workers, device)
         scores = train_epoch(
             model, optimizer, criterion, loader, device, n_classes, machine.display_step, name, replayed
         )

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchnet.meter import AverageValueMeter
 
 from common.errors import UserError
@@ -17,6 +16,7 @@ from common.processes import add_up, alone, is_main, n_ranks
 from common.progress import progress_bar
 from data.batch import Batch
 from data.device import DeviceLoader
+from data.loader import Loader
 from learning.metrics import METRICS
 
 # By name, what makes an optimiser of parameters and a learning rate, and the factor of the learning rate in an epoch,
@@ -108,7 +108,7 @@ def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     criterion: nn.Module,
-    loader: DataLoader | DeviceLoader,
+    loader: Loader,
     device: torch.device,
     n_classes: int,
     display_step: int = 50,
@@ -166,7 +166,7 @@ def _finite_loss(scores: Scores, name: str, step: int) -> float:
 def evaluation(
     model: nn.Module,
     criterion: nn.Module,
-    loader: DataLoader | DeviceLoader,
+    loader: Loader,
     device: torch.device,
     n_classes: int,
     mode: str = "val",
@@ -211,7 +211,7 @@ def backward(loss: Tensor, model: nn.Module, n_parcels: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def leaves_to_first(loader: DataLoader | DeviceLoader, step: int) -> bool:
+def leaves_to_first(loader: Loader, step: int) -> bool:
     """Whether a step, from 1 on, over the loader of a `RankBatches` is one of the first process by itself."""
     return n_ranks() > 1 and step == len(loader) and loader.sampler.last_is_small
 

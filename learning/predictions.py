@@ -251,9 +251,7 @@ def predict(
     batch_size = batch_size or evaluation_batch(dataset.device)
     check_batch(dataset, batch_size)
     sampler = BatchSampler(range(len(dataset)), batch_size)
-    loader = batch_loader(
-        dataset, RankBatches(sampler, divide=False), count_workers(num_workers), device.type == "cuda"
-    )
+    loader = batch_loader(dataset, RankBatches(sampler, divide=False), count_workers(num_workers), device)
     batches = iter(loader)
     done = 0
     for i in progress_bar(range(-(-len(sampler) // n_ranks())), "predicting", "batches", shown=is_main()):

@@ -102,16 +102,19 @@ class Log:
         kernels: how many were launched, by operator.
         waits: how often the host waited for the device, by the repository's line of code and the reason.
         replays: of CUDA graphs.
+        sent: bytes that went to the device, by type.
     """
 
     kernels: Counter[str] = field(default_factory=Counter)
     waits: Counter[str] = field(default_factory=Counter)
     replays: int = 0
+    sent: Counter[torch.dtype] = field(default_factory=Counter)
 
     def clear(self) -> None:
         """Forgets all."""
         self.kernels.clear()
         self.waits.clear()
+        self.sent.clear()
         self.replays = 0
 
 
@@ -388,6 +391,7 @@ class _Device(TorchDispatchMode):
         if isinstance(source, PretendTensor) and not onto:
             self._wait("copy to the host")
         elif onto and not isinstance(source, PretendTensor):
+            self.log.sent[source.dtype] += source.numel() * source.element_size()
             if not non_blocking:
                 self._wait("blocking copy to the device")
             elif not getattr(source, "pretends_pinned", False):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from datetime import date, timedelta
@@ -23,6 +24,7 @@ from benchmarks import cuda
 from common.errors import run_cli
 from common.machine import map_tensors, prepared_device
 from common.processes import join_ranks
+from data.batch import Batch
 from data.device import DeviceLoader
 from data.folds import fold_splits
 from data.samplers import BatchSampler
@@ -313,18 +315,66 @@ def test_a_device_is_prepared_for_a_while(log: Log, monkeypatch: pytest.MonkeyPa
         assert rules() == before
 
 
+def keep(batch: Batch, keys: Tensor) -> Batch:
+    """An augmentation of one's own, for which batches are prepared in the host's memory."""
+    return batch
+
+
 @pytest.mark.parametrize("dates", DATES)
 def test_batches_can_be_pinned_and_hold_the_same(dates: str, folders: dict[str, Path]) -> None:
-    dataset = open_folder(folders[dates]).epoch_draws(1)
-    sampler = BatchSampler(range(8), 4)
+    dataset, sampler = open_folder(folders[dates]), BatchSampler(range(8), 4)
+    dataset.augment = (keep,)
     with pretend_cuda():
-        pinned = flatten(list(batch_loader(dataset, sampler, 0, pin_memory=True)))
-    plain = flatten(list(batch_loader(dataset, sampler, 0)))
+        pinned = flatten(list(batch_loader(dataset.epoch_draws(1), sampler, 0, CUDA)))
+    plain = flatten(list(batch_loader(dataset.epoch_draws(1), sampler, 0)))
     assert len(pinned) == len(plain) == 2 * (4 if dates == "shared" else 5)
     for a, b in zip(pinned, plain):
         assert a.pretends_pinned and torch.equal(a, b)
     pixels = pinned[0]
     assert pixels.permute(0, 3, 1, 2).is_contiguous()  # as they lie in memory without pinning
+
+
+PER_DATE = np.arange(1.0, 21).reshape(5, 4)  # dates, channels
+
+
+@pytest.mark.parametrize("dates", ["shared", "shared, some missing", "varying"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_integers_cross_to_the_device_and_become_the_floats_of_a_cpu(
+    dates: str, dtype: type, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(folders["varying" if dates == "varying" else "shared"], folder)
+    for path in (folder / "DATA").iterdir():
+        pixels = np.load(path).astype(dtype) * dtype(257)  # up to 65,535
+        if "missing" in dates:
+            pixels[int(path.stem) % 5] = 0
+        np.save(path, pixels)
+    write_meta(folder, "info", {"nodata": 0})
+    norm = (90.0, 60.0) if dates == "varying" else (200 * PER_DATE, PER_DATE + 9)
+    sent, n = {}, 0
+    for jitter in (None, (0.01, 0.05)):
+        dataset = PixelSetData(folder, NOMENCLATURE, 6, [1, 3, 9], norm, "geomfeat", jitter)
+        assert dataset.varying == (dates != "shared")
+        dataset.temporal_dropout, dataset.temporal_shift = (0.3, 5) if dataset.varying else (0, 0)
+        drawn, sampler = dataset.epoch_draws(1), BatchSampler(range(len(dataset)), 4, 3)
+        expected = flatten(list(batch_loader(drawn, sampler, 0)))
+        with pretend_cuda() as log:
+            found = flatten(list(batch_loader(drawn, sampler, 0, CUDA)))
+        assert not log.waits and all(isinstance(x, PretendTensor) for x in found)
+        for a, b in zip(found, expected, strict=True):
+            if a.dim() > 1:  # dates that no parcel of the batch has may be cut off
+                assert b.shape[-1] != 6 or not b[:, a.shape[1] :].any()  # pixels and mask
+                b = b[:, : a.shape[1]]
+            torch.testing.assert_close(a.values, b, rtol=1e-6, atol=1e-6)
+        sent[jitter], n = log.sent, sum(x.numel() for x in expected if x.dim() == 4)
+    raw = sent[None]
+    assert raw[torch.uint16] == (2 * n if dtype == np.uint16 else 0)
+    floats = sum(
+        x.numel() * x.element_size() for x in expected
+    )  # what is sent where batches are prepared before
+    if dtype == np.uint16:
+        assert raw.total() - raw[torch.int64] < floats / 2  # but for labels and the order of dates, which are few
+    assert set(sent[0.01, 0.05] - raw) == {torch.int64, torch.float32}  # where noise is read, and the noise
 
 
 def test_a_dataset_with_draws_takes_them_to_the_device(folders: dict[str, Path]) -> None:
@@ -363,7 +413,7 @@ def count_steps(name: str, folder: Path, numbers: Sequence[int]) -> list[tuple[i
             dataset = dataset.to(CUDA)
         drawn, counts = dataset.epoch_draws(1), []
         for n in numbers:
-            loader = batch_loader(drawn, BatchSampler(range(2 * n), 2), 0, pin_memory=True)
+            loader = batch_loader(drawn, BatchSampler(range(2 * n), 2), 0, CUDA)
             log.clear()
             train_epoch(model, optimizer, FocalLoss(1), loader, CUDA, 3)
             counts.append((log.waits.total(), log.kernels.total()))
