@@ -10,7 +10,6 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader
 
+import figure2
 import inference
+import reports.figure2
 import train
 from benchmarks import cuda
 from common.errors import run_cli
@@ -38,8 +39,8 @@ from learning.run import open_run
 from learning.weight_init import weight_init
 from models.architecture import DataShape
 from preprocessing.simulate import simulate
-from reports import attention
-from tests.commands import run_inference, run_train
+from reports import attention, suspects
+from tests.commands import run_command, run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 from tests.pretend_cuda import CUDA, ROOM, Log, PretendTensor, pretend_cuda
 
@@ -81,6 +82,12 @@ def write_varying(path: Path) -> Path:
 
 
 ITEMS = DeviceLoader.items
+PICTURES = {  # what draws
+    train: ("save_figure", "plot_training", "plot_confusion", "write_report"),
+    attention: ("save_figure", "plot_attention"),
+    suspects: ("save_figure", "plot_suspects"),
+    reports.figure2: ("save_figure", "plot_comparison"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +100,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def without_pictures() -> Iterator[None]:
     """Nothing is drawn, which would take longer than all else and has nothing to do with the device."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for module in (train, attention):
-            monkeypatch.setattr(module, "save_figure", lambda path, figure: plt.close(figure))
+        for module, names in PICTURES.items():
+            for name in names:
+                monkeypatch.setattr(module, name, lambda *args, **kwargs: None)
         yield
 
 
@@ -197,6 +205,21 @@ def test_a_resumed_training_is_the_uninterrupted_one(
     train_on("cuda", case.folder, tmp_path / "res", f"{FLAGS[case.name]} --resume", monkeypatch)
     for name in ("trainlog.json", "test_metrics.json", "model.pth.tar"):
         assert (tmp_path / "res" / "Fold_1" / name).read_bytes() == (case.cuda / "Fold_1" / name).read_bytes()
+
+
+def test_figure_2_gives_the_numbers_of_a_cpu(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Counted on "meta", which is what the imitation is to C++.
+    monkeypatch.setattr(reports.figure2, "measure_model", lambda run: ((1, 1), (None, None)))
+    tables = []
+    for device in ("cpu", "cuda"):
+        command = f"--dataset_folder {folders['shared']} --res_dir {tmp_path / device} --only GRU/15k --device {device} "
+        with pretend_cuda() if device == "cuda" else nullcontext() as log:
+            run_command(figure2.main, command + "--epochs 1 --kfold 3 --npixel 6 --batch_size 4", monkeypatch)
+        tables.append(list(csv.DictReader((tmp_path / device / "figure2.csv").read_text().splitlines())))
+        tables[-1][0].pop("training_seconds")
+    assert log.kernels.total() > 1000 and tables[0] == tables[1] and len(tables[0]) == 1
 
 
 def read_outputs(output: Path) -> list[np.ndarray]:
@@ -373,7 +396,9 @@ def test_integers_cross_to_the_device_and_become_the_floats_of_a_cpu(
         x.numel() * x.element_size() for x in expected
     )  # what is sent where batches are prepared before
     if dtype == np.uint16:
-        assert raw.total() - raw[torch.int64] < floats / 2  # but for labels and the order of dates, which are few
+        assert (
+            raw.total() - raw[torch.int64] < floats / 2
+        )  # but for labels and the order of dates, which are few
     assert set(sent[0.01, 0.05] - raw) == {torch.int64, torch.float32}  # where noise is read, and the noise
 
 
