@@ -3,13 +3,13 @@
 import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from common.errors import UserError
+from common.errors import UserError, as_user_error
+from common.files import write_bytes
 from common.progress import progress_bar
 
 MOST_GROWTH = 50  # times the archive's size; pixels do not shrink more than that
@@ -24,10 +24,16 @@ def is_archive(path: Path) -> bool:
     return named and not path.name.endswith(".pth.tar")
 
 
-def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Unpacks an archive into a folder: all of it, or nothing.
+def unpack(archive: Path, folder: Path, checksum: str = "") -> list[Path]:
+    """Unpacks an archive into a folder, all of it or nothing, and removes the archive.
 
-    Only files and folders with relative names are accepted: no links, no devices, no `..`.
+    Only files and folders with relative names are accepted: no links, no devices, no `..`. What is new is noted before it
+    is moved into the folder, so that a process that was killed is gone on with: see `unpacked`.
+
+    Args:
+        archive: the archive.
+        folder: where to.
+        checksum: of the archive.
 
     Returns:
         What is new in the folder.
@@ -35,32 +41,62 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
     Raises:
         UserError: if the archive is hostile or damaged, is too large, or contains what the folder already has.
     """
-    temporary = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder))
+    note, inside = _places(archive.name, folder)
     try:
+        inside.mkdir()
         with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as file:
             most = min(MOST_BASE + MOST_GROWTH * archive.stat().st_size, shutil.disk_usage(folder).free)
             for member in progress_bar(
                 _members(file, archive.name, most), f"unpacking {archive.name}", "files"
             ):
                 if isinstance(file, tarfile.TarFile):
-                    file.extract(member, temporary, filter="data")
+                    file.extract(member, inside, filter="data")
                 else:
-                    file.extract(member, temporary)
-        new = [folder / path.name for path in sorted(temporary.iterdir())]
+                    file.extract(member, inside)
+        names = sorted(path.name for path in inside.iterdir())
+        for name in names:
+            if (folder / name).exists():
+                raise UserError(f"{folder / name} exists already; remove it or choose another folder.")
+        write_bytes(note, "\n".join([checksum, *names]).encode())
+    except BaseException as error:
+        shutil.rmtree(inside, ignore_errors=True)
+        if isinstance(error, _DAMAGE):
+            raise UserError(
+                f"{archive.name} is damaged ({error}); remove it and download it again."
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(
+                f"{archive.name} cannot be unpacked in {folder} ({error.strerror or error})."
+            ) from error
+        raise
+    return unpacked(archive.name, folder, checksum)
+
+
+def unpacked(name: str, folder: Path, checksum: str) -> list[Path] | None:
+    """What an archive that `unpack` unpacked held, after moving what a killed process left; None if it did not get so far.
+
+    Args:
+        name: of the archive.
+        folder, checksum: as given to `unpack`.
+    """
+    note, inside = _places(name, folder)
+    lines = note.read_text(encoding="utf-8").splitlines() if note.exists() else []
+    if lines[:1] != [checksum]:
+        shutil.rmtree(inside, ignore_errors=True)
+        return None
+    new = [folder / name for name in lines[1:]]
+    with as_user_error(OSError, prefix=f"what {name} held cannot be moved into {folder}: "):
         for path in new:
-            if path.exists():
-                raise UserError(f"{path} exists already; remove it or choose another folder.")
-        for path in new:
-            (temporary / path.name).rename(path)
-        return new
-    except _DAMAGE as error:
-        raise UserError(f"{archive.name} is damaged ({error}); remove it and download it again.") from error
-    except OSError as error:
-        raise UserError(
-            f"{archive.name} cannot be unpacked in {folder} ({error.strerror or error})."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            if (inside / path.name).exists():
+                (inside / path.name).rename(path)
+    shutil.rmtree(inside, ignore_errors=True)
+    (folder / name).unlink(missing_ok=True)
+    return new
+
+
+def _places(name: str, folder: Path) -> tuple[Path, Path]:
+    """Where it is noted what an archive held, and where it is unpacked."""
+    return folder / f".{name}.unpacked", folder / f".unpacking-{name}"
 
 
 def _members(

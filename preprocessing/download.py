@@ -21,7 +21,7 @@ from common.errors import UserError, run_cli
 from common.flags import Parser
 from common.progress import progress_bar
 from learning.results import prepare_output
-from preprocessing.archives import is_archive, unpack
+from preprocessing.archives import is_archive, unpack, unpacked
 
 SERVER = "https://zenodo.org"
 RECORDS = {"sentinel-agri": 5815488, "weights": 3929717}
@@ -55,28 +55,25 @@ def download(what: str, folder: str | Path, server: str = SERVER) -> list[Path]:
     """
     folder = prepare_output(folder)
     files = read_record(RECORDS[what], server)
-    needed = sum(file.size for file in files)
-    print(f"Record {RECORDS[what]}: {len(files)} file(s), {_size(needed)}, to {folder}")
-    present = sum(path.stat().st_size for file in files for path in _places(folder, file) if path.is_file())
+    print(
+        f"Record {RECORDS[what]}: {len(files)} file(s), {_size(sum(file.size for file in files))}, to {folder}"
+    )
+    done = {file: unpacked(file.name, folder, file.checksum) for file in files}
+    left = [file for file in files if done[file] is None]
+    needed = sum(file.size for file in left)
+    present = sum(path.stat().st_size for file in left for path in _places(folder, file) if path.is_file())
     free = shutil.disk_usage(folder).free
     if needed - present > free:
         raise UserError(
             f"{folder} has {_size(free)} free, the files take {_size(needed)}; make room or choose another."
         )
     result: list[Path] = []
-    for file in files:
-        unpacked = folder / f".{file.name}.unpacked"
-        if unpacked.exists() and unpacked.read_text().splitlines()[:1] == [file.checksum]:
+    for file, new in done.items():
+        if new is not None:
             print(f"{file.name}: already there, unpacked")
-            result += [folder / name for name in unpacked.read_text().splitlines()[1:]]
-            continue
-        path = fetch(file, folder)
-        if not is_archive(path):
-            result.append(path)
-            continue
-        new = unpack(path, folder)
-        unpacked.write_text("\n".join([file.checksum, *(item.name for item in new)]))
-        path.unlink()
+        else:
+            path = fetch(file, folder)
+            new = unpack(path, folder, file.checksum) if is_archive(path) else [path]
         result += new
     return result
 

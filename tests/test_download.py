@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import re
 import shutil
 import stat
 import tarfile
@@ -162,35 +161,32 @@ def test_goes_on_in_another_call(service: Service, tmp_path: Path) -> None:
 
 
 def test_killed_at_every_stage(service: Service, tmp_path: Path) -> None:
-    """What is there is never taken for more than it is; the same command goes on, or says what to remove first."""
+    """What is there is never taken for more than it is, and the same command goes on."""
     archive, log, folder = make_tar(WEIGHTS | {"other/a.txt": b"a"}), tmp_path / "log", tmp_path / "to"
     service.files = {"w.tar.gz": archive, "big.bin": bytes(i * i % 251 for i in range(3_000))}
     expected = {"big.bin": service.files["big.bin"], **WEIGHTS, "other/a.txt": b"a"}
-
-    def main() -> None:
-        while True:
-            try:
-                download.download("weights", folder, service.url)
-                return
-            except UserError as error:
-                named, found = (
-                    re.fullmatch(r"(.*) exists already; remove it .*", str(error), re.S),
-                    {"run", "other"},
-                )
-                assert named and Path(named[1]).parent == folder and Path(named[1]).name in found, error
-                shutil.rmtree(named[1])
-
-    killed = kill_at_every_stage(main, [], folder, log)
-    found = {name: data for name, data in contents(folder).items() if name[0] != "."}
-    found.pop("w.tar.gz", None)  # stays where a process was killed after it had noted that all is unpacked
-    assert found == expected
+    killed = kill_at_every_stage(lambda: download.download("weights", folder, service.url), [], folder, log)
+    hidden = [path.name for path in folder.iterdir() if path.name[0] == "."]
+    assert all(name == ".w.tar.gz.unpacked" or name.endswith(".unfinished") for name in hidden)
+    assert {name: data for name, data in contents(folder).items() if name[0] != "."} == expected
     for name in ("big.bin", "w.tar.gz"):
         assert {f"write .{name}.part", f"within .{name}.part", f"rename {name}"} <= set(killed)
-    unpacked = {
-        f"{step} .unpacking-*/{name}" for name in (*WEIGHTS, "other/a.txt") for step in ("write", "within")
+    unpacking = ".unpacking-w.tar.gz"
+    steps = {
+        f"{step} {unpacking}/{name}" for name in (*WEIGHTS, "other/a.txt") for step in ("write", "within")
     }
-    assert unpacked | {"rename run", "rename other", "write .w.tar.gz.unpacked"} <= set(killed)
-    assert "remove w.tar.gz anew" in killed
+    assert steps | {"rename run", "rename other", "rename .w.tar.gz.unpacked"} <= set(killed)
+    assert "remove w.tar.gz anew" in killed and f"rmdir {unpacking} anew" in killed
+
+
+def test_what_is_unpacked_needs_no_more_room(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service.files = {"w.tar.gz": make_tar(WEIGHTS)}
+    expected = download.download("weights", tmp_path, service.url)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert download.download("weights", tmp_path, service.url) == expected
 
 
 def test_starts_again_where_the_server_cannot_go_on(service: Service, tmp_path: Path) -> None:
