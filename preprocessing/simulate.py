@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from common.errors import UserError, as_user_error, run_cli
 from common.files import write_folder
@@ -108,20 +109,19 @@ def simulate(
 def embedded_dataset() -> Path:
     """Folder of the embedded simulated dataset: made on first use and kept in .cache of the repository.
 
-    Two processes may ask at once: the first to finish provides it, the other's copy is discarded.
+    Of several processes that ask at once, such as those of torchrun, one makes it and the others wait for it.
 
     Raises:
         UserError: if it cannot be written.
     """
     name = f"simulated-{VERSION}-{EMBEDDED_PARCELS}-{EMBEDDED_SEED}"
     folder = Path(__file__).resolve().parent.parent / ".cache" / name
-    complete = (folder / "META").is_dir
-    if not complete():
-        try:
-            simulate(folder, EMBEDDED_PARCELS, EMBEDDED_SEED, max_pixels=EMBEDDED_MAX_PIXELS)
-        except UserError:
-            if not complete():  # otherwise another process was faster
-                raise
+    if not (folder / "META").is_dir():
+        with as_user_error(OSError, prefix=f"The embedded dataset cannot be written to {folder}: "):
+            folder.parent.mkdir(exist_ok=True)
+            with FileLock(folder.with_name(f".{name}.lock")):  # let go by the system if the process dies
+                if not (folder / "META").is_dir():
+                    simulate(folder, EMBEDDED_PARCELS, EMBEDDED_SEED, max_pixels=EMBEDDED_MAX_PIXELS)
     return folder
 
 

@@ -1,11 +1,12 @@
 """The simulated dataset: its format, its reproducibility, and whether it tells good models from poor ones."""
 
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from preprocessing.simulate import embedded_dataset, simulate
 from preprocessing.simulation.crops import CROPS, ground_cover
 from preprocessing.simulation.fields import FIRST_PARCELS, simulate_parcel
 from preprocessing.simulation.seasons import DATES, draw_own_season, draw_season
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, start, stop_when, wait, wait_until_stopped
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED_CODES = {1, 3, 4, 5, 6, 8, 9, 12, 13, 14, 16, 18, 19, 23, 28, 31, 33, 34, 36, 39}
@@ -320,22 +321,35 @@ def test_embedded_dataset_is_made_once(small_embedded_dataset, monkeypatch):
     assert embedded_dataset() == small_embedded_dataset
 
 
-def test_embedded_dataset_of_a_faster_process_is_kept(small_embedded_dataset, monkeypatch):
-    write_folder = simulation.write_folder
+def test_one_process_makes_the_embedded_dataset_and_others_wait(
+    small_embedded_dataset, tmp_path, monkeypatch
+):
+    """The first one is stopped in the middle, the second one where it asks for the lock; then both go on."""
+    folder, simulated = small_embedded_dataset.parent, tmp_path / "simulated"
+    folder.mkdir()
 
-    @contextmanager
-    def overtaken(folder: Path) -> Iterator[Path]:
-        """Another process finishes while this one writes."""
-        monkeypatch.setattr(simulation, "write_folder", write_folder)
-        with write_folder(folder) as work:
-            yield work
-            simulate(small_embedded_dataset, 100, seed=77, progress=False)
+    def note(*args: object, **kwargs: object) -> None:
+        with open(simulated, "a") as file:
+            file.write("once\n")
+        simulate(*args, **kwargs)
 
-    monkeypatch.setattr(simulation, "write_folder", overtaken)
-    assert embedded_dataset() == small_embedded_dataset
-    kept = np.load(small_embedded_dataset / "DATA" / "1.npy")
-    np.testing.assert_array_equal(kept, simulate_parcel(77, 0).pixels)
-    assert [path.name for path in small_embedded_dataset.parent.iterdir()] == [small_embedded_dataset.name]
+    monkeypatch.setattr(simulation, "simulate", note)
+
+    def ask(is_there: Callable[[], bool]) -> int:
+        def main() -> None:
+            stop_when(folder, is_there)
+            assert embedded_dataset() == small_embedded_dataset
+
+        pid = start(main, [], tmp_path / "log")
+        wait_until_stopped(pid)
+        return pid
+
+    first = ask(lambda: any(folder.rglob("DATA/50.npy")))
+    second = ask(lambda: True)
+    for pid in (second, first):
+        os.kill(pid, signal.SIGCONT)
+    assert [wait(second), wait(first)] == [0, 0], (tmp_path / "log").read_text()
+    assert simulated.read_text() == "once\n" and len(list((small_embedded_dataset / "DATA").iterdir())) == 100
 
 
 def test_unwritable_folder_is_reported(tmp_path):
