@@ -255,14 +255,24 @@ def read_extra_features(
             )
     everything = np.stack(list(table.values()))
     if stats is None:
-        std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
-        stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
+        with np.errstate(over="ignore", invalid="ignore"):
+            std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
+            stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
     mean, std = stats
     if len(mean) != everything.shape[1]:
         raise UserError(
             f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
         )
-    return (np.stack([table[parcel] for parcel in pid]) - mean) / std, stats
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = (np.stack([table[parcel] for parcel in pid]) - mean) / std
+        fits = all(np.isfinite(np.asarray(values, np.float32)).all() for values in (found, mean, std))
+    if not fits:
+        row, column = np.unravel_index(np.abs(everything).argmax(), everything.shape)
+        raise UserError(
+            f"{path}: parcel {list(table)[row]} has {everything[row, column]:g}, too large a number to standardise; correct "
+            "it, or give the feature in another unit."
+        )
+    return found, stats
 
 
 def _to_vector(value: Any) -> np.ndarray:

@@ -276,6 +276,10 @@ FOLDERS = {
     "feature NaN": (feature([1, 2, float("nan"), 4]), ["geomfeat.json: parcel 5", "finite number"]),
     "feature a word": (feature("large"), ["geomfeat.json: parcel 5 has 'large'", "finite number"]),
     "feature too large": (feature([1, 2, 10**400, 4]), ["geomfeat.json: parcel 5", "finite number"]),
+    "feature that overflows": (
+        feature([1, 2, 1e300, 4]),
+        ["geomfeat.json: parcel 5 has 1e+300", "too large"],
+    ),
     "features empty": (
         edit("geomfeat", lambda content: {parcel: [] for parcel in content}),
         ["geomfeat.json: parcel 1 has []"],
