@@ -16,7 +16,7 @@ test: .venv/.everything
 # and the benchmark as a user runs it: half an hour or more.
 soak: .venv/.everything
 	SOAK=1 .venv/bin/python -m pytest tests/test_resume.py tests/test_faults.py tests/test_fuzz.py tests/test_distributed.py tests/test_soak.py \
-		tests/test_readme.py tests/test_train.py tests/test_prepare.py tests/test_suspects.py $(OPTIONS)
+		tests/test_readme.py tests/test_train.py tests/test_prepare.py tests/test_suspects.py tests/test_sets.py $(OPTIONS)
 
 # Nothing is installed: PyTorch must fit the machine's driver. Ends with 2 where there is no GPU.
 gpu:

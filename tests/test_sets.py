@@ -1,6 +1,8 @@
 """--sets: sets of classes that hold the true one as often as asked for."""
 
+import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -9,10 +11,13 @@ import pytest
 import torch
 from scipy.stats import betabinom
 
+import inference
+import train
 from learning.calibration import SCORES, Logits, read_temperature, set_threshold, validation_scores
 from learning.predictions import Predictions, Telling, read_rows
 from learning.run import open_run
-from tests.commands import run_inference, run_train
+from reports.report import calibration_error
+from tests.commands import run_command, run_inference, run_train
 from tests.folders import write_folder
 
 K = 6
@@ -122,3 +127,26 @@ def test_a_run_end_to_end(
             run_inference(folder, old, tmp_path / "other", "--sets 0.9", monkeypatch)
         error = capsys.readouterr().err
         assert end.value.code == 2 and f"Fold_2/{SCORES}" in error and message in error and "--sets" in error
+
+
+@pytest.mark.skipif(not os.environ.get("SOAK"), reason="a training with the published settings")
+def test_confidence_and_sets_at_the_published_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the embedded simulated dataset; the parcels counted are test parcels, which took no part in any fit."""
+    run_command(train.main, f"--res_dir {tmp_path / 'res'}", monkeypatch)
+    parts = [
+        json.loads(path.read_text())["calibrated"]
+        for path in (tmp_path / "res").glob("Fold_*/calibration.json")
+    ]
+    curve = np.sum([[part[name] for name in ("count", "confidence", "right")] for part in parts], axis=0)
+    assert curve[0].sum() == 2000 and calibration_error(*curve) <= 0.03
+    run_command(
+        inference.main,
+        f"--weight_dir {tmp_path / 'res'} --output_dir {tmp_path / 'out'} --sets 0.9",
+        monkeypatch,
+    )
+    rows = list(read_rows(tmp_path / "out" / "predictions.csv"))
+    covered = np.mean([row["true_label"] in row["set"].split("|") for row in rows])
+    # 400 test parcels a fold, of which as many are covered as 400 validation parcels tell; see the tests above.
+    assert covered >= 0.9 - 2 * betabinom(400, 361, 40).std() / 400 / math.sqrt(5)
