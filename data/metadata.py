@@ -79,7 +79,7 @@ class LabelsTable(NamedTuple):
 
     Attributes:
         path: the file, with a line of column names; separated by commas, semicolons or tabs.
-        id_column: column of the dataset's ids.
+        id_column: column of the ids, the dataset's or the parcels' own.
         label_column: column of the labels; empty where a parcel has none.
     """
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from data.metadata import Arrays, LabelsTable, read_info, read_nomenclature, read_nomenclatures, read_units
+from data.outlines import read_own_ids, to_dataset_ids
 
 LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
 # The 20 classes of the paper, those with over 100 parcels of Sentinel2-Agri each.
@@ -161,7 +162,9 @@ class DataSettings:
         if self.labels_table is not None:
             if optional and not Path(self.labels_table.path).exists():
                 return None
-            return self.labels_table.read()
+            labels = self.labels_table.read()
+            ids = to_dataset_ids(list(labels), read_own_ids(folder))
+            return {parcel: label for parcel, label in zip(ids, labels.values()) if parcel is not None}
         if self.labels is None:
             return None
         if optional:

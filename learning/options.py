@@ -52,7 +52,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--id_column",
         default="id",
-        help="column with the dataset's ids in --labels_table, or in outlines of parcels",
+        help="column with the ids, the dataset's or the parcels' own, in --labels_table or in outlines",
     )
     group.add_argument(
         "--sub_classes",

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from data.metadata import LabelsTable
 from data.outlines import read_own_ids, to_dataset_ids
+from data.settings import DataSettings
 from learning.predictions import Predictions, Telling, read_rows
 from learning.run import open_run
 from reports.areas import write_areas
@@ -111,6 +113,14 @@ def test_outlines_of_the_agency_itself(
         assert own == "B77" or frame.loc[own].geometry.equals(outline)
     rows = {row["parcel"]: row for row in read_rows(output / "predictions.csv")}
     assert all(frame.loc[own, "predicted_label"] == rows[own]["predicted_label"] for own in frame.index)
+
+
+def test_labels_of_the_agency_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("FIELD,crop\nA3,maize\nA1,wheat\nB77,rape\n")
+    labels = DataSettings(labels_table=LabelsTable(str(tmp_path / "t.csv"), "FIELD", "crop")).labels_in(
+        folder
+    )
+    assert labels == {"3": "maize", "1": "wheat"}  # no parcel of the dataset is B77
 
 
 @pytest.mark.parametrize(
