@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import date, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,12 +160,19 @@ def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np
 
 def _to_day(value: Any, where: str) -> int:
     """The day, counted from year 1, of YYYYMMDD (a number or text) or YYYY-MM-DD."""
-    text = "" if isinstance(value, bool | float) else str(value)
+    day = None if isinstance(value, bool | float) else _parse_day(str(value))
+    if day is None:
+        raise UserError(f"{where} is {value!r}; expected a day as YYYYMMDD or YYYY-MM-DD, such as 20170131.")
+    return day
+
+
+@lru_cache(2**16)  # a country's parcels have millions of dates, on few different days
+def _parse_day(text: str) -> int | None:
     for length, form in ((8, "%Y%m%d"), (10, "%Y-%m-%d")):
         if len(text) == length:
             with suppress(ValueError):
                 return datetime.strptime(text, form).toordinal()
-    raise UserError(f"{where} is {value!r}; expected a day as YYYYMMDD or YYYY-MM-DD, such as 20170131.")
+    return None
 
 
 def season_start_before(day: int, month_day: tuple[int, int]) -> int:

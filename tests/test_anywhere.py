@@ -25,14 +25,3 @@ def run_elsewhere(folder: Path, module: str, arguments: str) -> None:
 @pytest.mark.parametrize("module", COMMANDS)
 def test_commands(tmp_path, module):
     run_elsewhere(tmp_path, module, "--help")
-
-
-def test_from_images_to_folds(tmp_path):
-    pytest.importorskip("rasterio", reason="needs requirements-geo.txt")
-    pytest.importorskip("geopandas", reason="needs requirements-geo.txt")
-    run_elsewhere(tmp_path, "preprocessing.simulate", "rasters --rasters --parcels 20")
-    inputs = "--images rasters/images --parcels rasters/parcels.gpkg"
-    run_elsewhere(tmp_path, "preprocessing.prepare", f"{inputs} --label_column crop --output set")
-    run_elsewhere(tmp_path, "preprocessing.statistics", "set --overwrite")
-    run_elsewhere(tmp_path, "preprocessing.split", "set --blocks 0.2 --kfold 3")
-    assert (tmp_path / "set" / "META" / "folds.json").exists()

@@ -319,7 +319,7 @@ def test_a_converted_folder_trains_and_predicts(
     folder = run("eurocropsml", tmp_path / "preprocess" / "S2" / "2021", f"--split {tmp_path / 'split.json'}")
     folds = folder / "META" / "folds.json"
     assert read_folds(folds, range(1, 7)) == [([0, 1, 2, 3], [4], [5])]
-    options = f"--epochs 1 --geomfeat 0 --labels hcat10 --folds {folds}"
+    options = f"--epochs 1 --labels hcat10 --folds {folds}"
     results = run_train(folder, tmp_path / "results", options, monkeypatch)
     output = run_inference(folder, results, tmp_path / "predicted", "", monkeypatch)
     table = (output / "predictions.csv").read_text()
