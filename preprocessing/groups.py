@@ -57,8 +57,8 @@ def read_groups(
     groups = [found.get(str(parcel)) for parcel in ids]
     if None in groups:
         raise UserError(
-            f"{first} has no group for parcel {ids[groups.index(None)]} ({groups.count(None)} missing in all); add it, or "
-            "remove the parcel's file from DATA."
+            f"{first} has no group for parcel {ids[groups.index(None)]} ({groups.count(None)} missing in all); add it, in a "
+            "group of its own if need be."
         )
     return np.array(groups)
 
