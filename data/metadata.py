@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.arrays import load_arrays
-from common.errors import UserError
+from common.errors import UserError, as_user_error
 from common.files import read_json
 
 Arrays = tuple[np.ndarray, np.ndarray]
+PIXELS, DAYS = "PIXELS", "days.npy"  # the packed pixels of a folder without DATA, and dates by parcel there
 _LABELS = "{nomenclature: {parcel id: label}}"
 _DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}, or {parcel id: [date, ...]}'
 _INFO = '{"nodata": number or null, "bands": [names], ...}'
@@ -136,8 +137,13 @@ def read_column(flag: str, path: str | Path, id_column: str, column_flag: str, c
 
 
 def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:
-    """Days of META/dates.json, counted from year 1: one array shared by all, (L,), or one for each of the parcels."""
+    """Days of META/dates.json, counted from year 1: one array shared by all, (L,), or one for each of the parcels.
+
+    Without that file, days of PIXELS/days.npy.
+    """
     path = folder / "META" / "dates.json"
+    if not path.exists() and (folder / PIXELS / DAYS).exists():
+        return _read_packed_days(folder / PIXELS, parcels)
     dates = read_json(path, _DATES)
     if not isinstance(dates, dict) or not dates:
         raise UserError(f"{path} is something else; expected {_DATES}.")
@@ -156,6 +162,25 @@ def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np
             [_to_day(value, f"{path}: date {i} of parcel {parcel}") for i, value in enumerate(own)], np.int64
         )
     return days
+
+
+def _read_packed_days(folder: Path, parcels: Iterable[int]) -> dict[int, np.ndarray]:
+    """Days of days.npy, the dates (YYYYMMDD) of all parcels in the order of their ids, one after the other."""
+    path = folder / DAYS
+    with as_user_error(Exception, prefix=f"{path} is damaged; copy it again: "):
+        dates = np.load(path, allow_pickle=False)
+        with np.load(folder / "index.npz", allow_pickle=False) as index:
+            ids, counts = index["ids"], index["dates"]
+        if dates.dtype.kind != "i" or dates.shape != (counts.sum(),):
+            raise ValueError(f"it does not hold {counts.sum()} dates")
+        first = int(dates.min())
+        found = np.flatnonzero(np.bincount(dates - first))
+        days = np.zeros(found[-1] + 1, np.int32)
+        days[found] = [_to_day(first + int(date), f"{path}: a date") for date in found]
+        days, parcels = days[dates - first], list(parcels)
+        places, ends = np.searchsorted(ids, parcels), np.cumsum(counts)
+        begin = (ends - counts)[places].tolist()
+    return {parcel: days[a:b] for parcel, a, b in zip(parcels, begin, ends[places].tolist())}
 
 
 def _to_day(value: Any, where: str) -> int:

@@ -182,8 +182,8 @@ def _read_ground(
     missing = ids[~np.isin(ids, outlines.index)]
     if len(missing):
         raise UserError(
-            f"{source} has no outline of parcel {missing[0]} ({len(missing)} missing in all); add it, or remove the "
-            "parcel's file from DATA."
+            f"{source} has no outline of parcel {missing[0]} ({len(missing)} missing in all); add it, or give "
+            "outlines of all with --parcels."
         )
     return outlines.loc[ids]
 
