@@ -54,6 +54,10 @@ def read_nomenclature(folder: Path, name: str) -> dict[str, int | str]:
             "choose one with --labels."
         )
     labels = nomenclatures[name]
+    if set(map(type, labels.values())) == {str}:  # all of them at once
+        return labels
+    if set(map(type, labels.values())) == {int} and max(map(abs, labels.values())) < 2**63:
+        return labels
     by_kind: dict[type, str] = {}
     for parcel, label in labels.items():
         if label is None:
@@ -275,6 +279,35 @@ def read_extra_features(
         raise UserError(
             f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it or train with --geomfeat 0."
         )
+    everything = _stack_features(path, values)
+    if stats is None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
+            stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
+    mean, std = stats
+    if len(mean) != everything.shape[1]:
+        raise UserError(
+            f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
+        )
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = (_stack_features(path, {parcel: values[parcel] for parcel in pid}) - mean) / std
+        fits = all(np.isfinite(np.asarray(each, np.float32)).all() for each in (found, mean, std))
+    if not fits:
+        row, column = np.unravel_index(np.abs(everything).argmax(), everything.shape)
+        raise UserError(
+            f"{path}: parcel {list(values)[row]} has {everything[row, column]:g}, too large a number to standardise; correct "
+            "it, or give the feature in another unit."
+        )
+    return found, stats
+
+
+def _stack_features(path: Path, values: dict[str, Any]) -> np.ndarray:
+    """Extra features of parcels, (parcels, F); raises a UserError that names one that has others."""
+    with suppress(TypeError, ValueError, OverflowError):  # all at once, where nothing is wrong
+        found = np.array(list(values.values()), np.float64)
+        found = found[:, None] if found.ndim == 1 else found
+        if found.ndim == 2 and found.shape[1] and np.isfinite(found).all():
+            return found
     table = {parcel: _to_vector(value) for parcel, value in values.items()}
     first, width = next((parcel, len(vector)) for parcel, vector in table.items())
     for parcel, vector in table.items():
@@ -286,26 +319,7 @@ def read_extra_features(
             raise UserError(
                 f"{path}: parcel {parcel} has {len(vector)} number(s), parcel {first} has {width}; all must agree."
             )
-    everything = np.stack(list(table.values()))
-    if stats is None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
-            stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
-    mean, std = stats
-    if len(mean) != everything.shape[1]:
-        raise UserError(
-            f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = (np.stack([table[parcel] for parcel in pid]) - mean) / std
-        fits = all(np.isfinite(np.asarray(values, np.float32)).all() for values in (found, mean, std))
-    if not fits:
-        row, column = np.unravel_index(np.abs(everything).argmax(), everything.shape)
-        raise UserError(
-            f"{path}: parcel {list(table)[row]} has {everything[row, column]:g}, too large a number to standardise; correct "
-            "it, or give the feature in another unit."
-        )
-    return found, stats
+    return np.stack(list(table.values()))
 
 
 def _to_vector(value: Any) -> np.ndarray:

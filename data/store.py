@@ -196,13 +196,6 @@ class PixelStore:
         pixels = self.parcel(place)[:, rows]
         return pixels, None if self.complete[place] else find_missing(pixels, self.nodata)
 
-    def is_observed(self, place: int, rows: np.ndarray) -> bool:
-        """Whether some pixel of a parcel is present on some of these dates."""
-        if not self.observed[place] or not len(rows):
-            return False
-        missing = None if len(rows) == self.dates[place] else self.look(place, rows)[1]
-        return missing is None or not missing.all()
-
     def to(self, device: torch.device) -> "PixelStore":
         """The same store with its pixels in the memory of a device, where `read` then works."""
         view, rows = copy.copy(self), self._rows

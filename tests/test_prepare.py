@@ -37,6 +37,8 @@ from tests.rasters import (
 
 # isort: split
 # After the packages are known to be there.
+from data.metadata import read_days
+from data.packing import open_store
 from preprocessing import prepare, statistics
 from preprocessing.images import extract, grids, layout, pixelsets, workers
 
@@ -196,6 +198,14 @@ def test_tiles_of_different_dates_give_dates_per_parcel(run, tmp_path):
     mean, _ = pickle.loads((folder / "normalisation_values.pkl").read_bytes())
     values = np.concatenate([v.transpose(1, 0, 2).reshape(3, -1) for v in data.values()], axis=1)
     np.testing.assert_allclose(mean, values[:, values[0] < 65535].mean(1), rtol=1e-6)
+    packed = run("--packed", output="packed")
+    store, days = open_store(packed), [read_days(each, [1, 2, 3]) for each in (folder, packed)]
+    for place, parcel in enumerate(store.ids):
+        np.testing.assert_array_equal(store.parcel(place).transpose(1, 2, 0), data[str(parcel)], strict=True)
+        np.testing.assert_array_equal(days[0][parcel], days[1][parcel])
+    expected, found = contents(folder), contents(packed)
+    changed = {name for name in found if expected.get(name) != found[name] and not name.startswith("PIXELS")}
+    assert changed <= {"META/parcels.gpkg"} and not (packed / "META" / "dates.json").exists()
 
 
 def test_parcels_at_the_border_of_two_utm_zones(run, tmp_path):
