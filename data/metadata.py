@@ -178,9 +178,9 @@ def _read_packed_days(folder: Path, parcels: Iterable[int]) -> dict[int, np.ndar
         if dates.dtype.kind != "i" or dates.shape != (counts.sum(),):
             raise ValueError(f"it does not hold {counts.sum()} dates")
         first = int(dates.min())
-        found = np.flatnonzero(np.bincount(dates - first))
-        days = np.zeros(found[-1] + 1, np.int32)
-        days[found] = [_to_day(first + int(date), f"{path}: a date") for date in found]
+        found = np.unique(dates)
+        days = np.zeros(int(found[-1]) - first + 1, np.int32)
+        days[found - first] = [_to_day(int(date), f"{path}: a date") for date in found]
         days, parcels = days[dates - first], list(parcels)
         places, ends = np.searchsorted(ids, parcels), np.cumsum(counts)
         begin = (ends - counts)[places].tolist()

@@ -84,6 +84,7 @@ class Parcels:
             if not observed.all():
                 self.n_unobserved, kept = int((~observed).sum()), kept[observed]
                 self._calendar = Calendar(days, self.store.ids[kept].tolist(), season_start, used)
+        del days, n_dates, used
         self.target = np.array([UNKNOWN if found[i] is None else found[i] for i in kept], dtype=np.int64)
         self.pid, self.places = [names[i] for i in kept], kept
         self.date_positions = self._calendar.positions
