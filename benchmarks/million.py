@@ -1,6 +1,6 @@
 """Measures what is done with all parcels of a large dataset before any batch: opening, folds, recognising parcels.
 
-python -m benchmarks.million             a million simulated parcels of one pixel, PIXELS, 24 dates; about 1.5 GB of disk
+python -m benchmarks.million             a million simulated parcels of one pixel, 24 dates; about 1.5 GB of disk
 python -m benchmarks.million --own       the same, each parcel with 20 to 24 dates of its own
 python -m benchmarks.million --quick     to see that it runs; its figures mean little
 """

@@ -4,8 +4,8 @@ python -m benchmarks.prepare            2,000 parcels x 24 dates x 10 bands of 2
 python -m benchmarks.prepare --large    100,000 parcels x 30 dates x 4 bands of 4 tiles of 2,500 x 2,500 pixels; 15 GB
 python -m benchmarks.prepare --quick    to see that it runs; its figures mean little
 
---large compares with the decompression of all images alone, in seconds of processors, which others on the machine hardly
-change. The dates of a tile have one content.
+--large compares with the decompression of all images alone, in seconds of processors, which others on the machine
+hardly change. The dates of a tile have one content.
 """
 
 import os
@@ -70,7 +70,7 @@ def write_parcels(path: Path, side: int, parcels: int) -> list[Polygon]:
 
 
 def run_ours(images: Path, parcels: Path, output: Path, *options: str) -> tuple[float, float, int]:
-    """Seconds of the whole command, its start included, those of processors, and most bytes of memory that no file backs."""
+    """Seconds of the whole command, start included, those of processors, and most bytes of memory that no file backs."""
     command = [sys.executable, "-m", "preprocessing.prepare", "--images", images, "--parcels", parcels]
     command += ["--output", output, "--label_column", "crop", *options]
     started, before, peak = time.perf_counter(), os.times(), 0

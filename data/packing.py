@@ -1,7 +1,7 @@
 """Opens and writes the pixels of a dataset folder, which are files of DATA, or PIXELS.
 
-Every file of DATA is checked once, and all pixels are packed into a store, which `data/store.py` reads. PIXELS is such a
-store already. It is the original: nothing removes it or writes it again.
+Every file of DATA is checked once, and all pixels are packed into a store, which `data/store.py` reads. PIXELS is such
+a store already. It is the original: nothing removes it or writes it again.
 """
 
 import hashlib

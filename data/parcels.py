@@ -96,7 +96,7 @@ class Parcels:
         self.n_extra = 0 if self.features is None else self.features.shape[1]
 
     def _find_observed(self, places: np.ndarray) -> np.ndarray:
-        """Whether some pixel is present on some date that is used, of the parcels of the calendar at these places, (N,)."""
+        """Whether some pixel of each parcel of the calendar is present on a date that is used, (N,); see `places`."""
         counts = self._calendar.count(np.arange(len(places)))
         observed = self.store.observed[places] & (counts > 0)
         for k in np.flatnonzero(

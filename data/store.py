@@ -2,7 +2,7 @@
 
 A dataset folder has one file per parcel, (L, C, S). Training reads a random subset of the pixels of random parcels,
 so the store keeps pixels together, (S, L, C) parcel after parcel, in the type of the files; a batch is then a gather of
-rows, a single one where all parcels have equally many dates. It is a copy of those files, or, as PIXELS, takes their place.
+rows, a single one where all parcels have equally many dates. It is a copy of the files or, as PIXELS, in their place.
 
 The pixels do not depend on which value means that one is missing. What does, is kept beside them for every such value:
 which parcels are complete, and mean and deviation. Whoever reads a store holds a shared lock on it, and what somebody

@@ -3,8 +3,8 @@
     python -m preprocessing.prepare --images FOLDER --parcels FILE --output DIR --label_column crop
 
 Every parcel is rasterised once; then each image is read once, block by block. A run that was killed goes on after the
-last date it finished, when started again with the same images, parcels and options. With --packed the pixels are written
-as PIXELS, without a file for each parcel.
+last date it finished, when started again with the same images, parcels and options. With --packed the pixels are
+written as PIXELS, without a file for each parcel.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def _unfinished(output: Path) -> set[Path]:
 
 @contextmanager
 def _working_folder(output: Path, fingerprint: str) -> Iterator[tuple[Path, bool]]:
-    """A hidden folder beside the output, where a run with the same input goes on, and whether one has written the output.
+    """A hidden folder beside the output, where a run with the same input goes on, and whether one wrote the output.
 
     One run at a time. The folder is the last thing to go, so that where it is, its run was not over.
     """

@@ -450,7 +450,7 @@ def test_one_run_at_a_time(images, run, tmp_path, capsys):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_killed_at_every_stage(tmp_path, packed):
-    """Killed again and again, each time later; then the result is that of an undisturbed run, and nothing else is left."""
+    """Killed again and again, each time later; the result is that of an undisturbed run, and nothing else is left."""
     for day in DAYS:
         write_image(tmp_path / "images" / f"{day}.tif", random_values(int(day[5:7].strip("-"))))
     write_parcels(tmp_path / "parcels.gpkg", difficult_outlines(), crop=["wheat", "maize"] * 4)
