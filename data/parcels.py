@@ -8,7 +8,8 @@ import numpy as np
 from common.errors import UserError
 from data.calendar import Calendar
 from data.classes import UNKNOWN, number_labels
-from data.metadata import Arrays, find_used, read_days, read_extra_features, read_info, read_nomenclature
+from data.features import read_extra_features
+from data.metadata import Arrays, find_used, read_days, read_info, read_nomenclature
 from data.moments import Moments
 from data.packing import check_folder, list_parcels, open_store
 
