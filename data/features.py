@@ -41,8 +41,11 @@ def read_extra_features(
         raise UserError(
             f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
         )
+    chosen = everything
+    if list(values) != list(pid):
+        chosen = _stack_features(path, {parcel: values[parcel] for parcel in pid})
     with np.errstate(over="ignore", invalid="ignore"):
-        found = (_stack_features(path, {parcel: values[parcel] for parcel in pid}) - mean) / std
+        found = (chosen - mean) / std
         fits = all(np.isfinite(np.asarray(each, np.float32)).all() for each in (found, mean, std))
     if not fits:
         row, column = np.unravel_index(np.abs(everything).argmax(), everything.shape)
