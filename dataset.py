@@ -33,7 +33,7 @@ class PixelSetData(Parcels, OnDevice, Dataset):
     `data.batch.Batch`, in which pixels and dates that are missing are masked, and dates are in order.
 
     Args:
-        folder: dataset folder with DATA/<id>.npy (L, C, S), META/labels.json, META/dates.json and META/<extra>.json.
+        folder: dataset folder with DATA/<id>.npy (L, C, S) or PIXELS, and META/labels.json, dates.json, <extra>.json.
         labels: nomenclature of META/labels.json to use, or labels by parcel id; None for a dataset without labels (targets
             are then -1). Parcels without a label are left out, unless `keep_all` is set.
         npixel: number of pixels of a set. A larger parcel is sampled without replacement; a smaller one filled up

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from data.metadata import read_extra_features
+from data.features import read_extra_features
 from data.settings import EXTRA_FEATURE
 from dataset import PixelSetData
 from models.stclassifier import PseLTae

@@ -32,22 +32,28 @@ class Calendar:
     ) -> None:
         is_shared = isinstance(days, np.ndarray)
         own = [days] if is_shared else [days[parcel] for parcel in parcels]
-        first = min(int(each.min()) for each in ([days] if is_shared else days.values()))
-        starts = [
-            first if season_start is None else season_start_before(int(each.min()), season_start)
-            for each in own
-        ]
-        n = np.array([len(each) for each in own], np.int64)
-        together, owner = np.concatenate([np.empty(0, np.int64), *own]), np.repeat(np.arange(len(own)), n)
+        first = int((days if is_shared else np.concatenate(list(days.values()))).min())
+        n = np.fromiter(map(len, own), np.int64, len(own))
         begin = np.concatenate([[0], np.cumsum(n)])
-        order = np.lexsort((together, owner))
-        rows, days = order - begin[owner], (together - np.repeat(np.array(starts, np.int64), n))[order]
+        days = np.concatenate([np.empty(0, np.int32), *own], dtype=np.int32)  # not larger: there can be many
+        starts = np.full(len(own), first, np.int32)
+        if season_start is not None and len(own):
+            seasons, which = np.unique(np.minimum.reduceat(days, begin[:-1]), return_inverse=True)
+            starts = np.array([season_start_before(int(day), season_start) for day in seasons])[which]
+        rows, owner = _count(n), np.repeat(np.arange(len(own), dtype=np.int32), n)
+        chosen = None
         if used is not None:
-            chosen = np.concatenate([used] if is_shared else [used[parcel] for parcel in parcels])[order]
+            chosen = [used] if is_shared else [used[parcel] for parcel in parcels]
+            chosen = np.concatenate([np.empty(0, bool), *chosen])
+        if ((np.diff(days) < 0) & (owner[1:] == owner[:-1])).any():
+            order = np.lexsort((days, owner))
+            rows, days, chosen = rows[order], days[order], None if chosen is None else chosen[order]
+        days -= np.repeat(starts.astype(np.int32), n)
+        if chosen is not None:
             rows, days, n = rows[chosen], days[chosen], np.bincount(owner[chosen], minlength=len(own))
         self.n_dates, self._days, self._rows = n, days, rows
         self._begin = np.concatenate([[0], np.cumsum(n)])  # of each parcel's dates among all
-        self.in_order = bool((rows == np.arange(len(rows)) - np.repeat(self._begin[:-1], n)).all())
+        self.in_order = bool((rows == _count(n)).all())
         self.positions = days.tolist() if is_shared else None
 
     def of(self, item: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,9 +74,14 @@ class Calendar:
         """Days and rows of several parcels, (B, n_dates) each; those beyond a parcel's own dates are without meaning."""
         first = self._begin[self._owners(items)]
         places = (first[:, None] + np.arange(n_dates)).clip(max=len(self._days) - 1)
-        return self._days[places], self._rows[places]
+        return self._days[places], self._rows[places].astype(np.int64)
 
     @property
     def range(self) -> tuple[int, int]:
         """First and last day of any parcel."""
         return int(self._days.min()), int(self._days.max())
+
+
+def _count(n: np.ndarray) -> np.ndarray:
+    """0, 1, ... as often as each of n says, one after the other."""
+    return np.arange(n.sum(), dtype=np.int32) - np.repeat((np.cumsum(n) - n).astype(np.int32), n)

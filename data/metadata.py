@@ -1,10 +1,9 @@
-"""What stands beside the pixels in a dataset folder: labels, dates, extra features, mean and standard deviation."""
+"""What stands beside the pixels in a dataset folder: labels, dates, what is known of the pixels, mean and deviation."""
 
 import csv
 import io
 import re
-import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import date, datetime
 from functools import lru_cache
@@ -14,14 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.arrays import load_arrays
-from common.errors import UserError
+from common.errors import UserError, as_user_error
 from common.files import read_json
 
 Arrays = tuple[np.ndarray, np.ndarray]
+PIXELS, DAYS = "PIXELS", "days.npy"  # the packed pixels of a folder without DATA, and dates by parcel there
 _LABELS = "{nomenclature: {parcel id: label}}"
 _DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}, or {parcel id: [date, ...]}'
 _INFO = '{"nodata": number or null, "bands": [names], ...}'
-_EXTRA = "{parcel id: number or list of numbers}"
 
 
 def read_nomenclatures(folder: Path) -> dict[str, dict[str, Any]]:
@@ -53,6 +52,10 @@ def read_nomenclature(folder: Path, name: str) -> dict[str, int | str]:
             "choose one with --labels."
         )
     labels = nomenclatures[name]
+    if set(map(type, labels.values())) == {str}:  # all of them at once
+        return labels
+    if set(map(type, labels.values())) == {int} and max(map(abs, labels.values())) < 2**63:
+        return labels
     by_kind: dict[type, str] = {}
     for parcel, label in labels.items():
         if label is None:
@@ -136,8 +139,13 @@ def read_column(flag: str, path: str | Path, id_column: str, column_flag: str, c
 
 
 def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:
-    """Days of META/dates.json, counted from year 1: one array shared by all, (L,), or one for each of the parcels."""
+    """Days of META/dates.json, counted from year 1: one array shared by all, (L,), or one for each of the parcels.
+
+    Without that file, days of PIXELS/days.npy.
+    """
     path = folder / "META" / "dates.json"
+    if not path.exists() and (folder / PIXELS / DAYS).exists():
+        return _read_packed_days(folder / PIXELS, parcels)
     dates = read_json(path, _DATES)
     if not isinstance(dates, dict) or not dates:
         raise UserError(f"{path} is something else; expected {_DATES}.")
@@ -156,6 +164,25 @@ def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np
             [_to_day(value, f"{path}: date {i} of parcel {parcel}") for i, value in enumerate(own)], np.int64
         )
     return days
+
+
+def _read_packed_days(folder: Path, parcels: Iterable[int]) -> dict[int, np.ndarray]:
+    """Days of days.npy, the dates (YYYYMMDD) of all parcels in the order of their ids, one after the other."""
+    path = folder / DAYS
+    with as_user_error(Exception, prefix=f"{path} is damaged; copy it again: "):
+        dates = np.load(path, allow_pickle=False)
+        with np.load(folder / "index.npz", allow_pickle=False) as index:
+            ids, counts = index["ids"], index["dates"]
+        if dates.dtype.kind != "i" or dates.shape != (counts.sum(),):
+            raise ValueError(f"it does not hold {counts.sum()} dates")
+        first = int(dates.min())
+        found = np.unique(dates)
+        days = np.zeros(int(found[-1]) - first + 1, np.int32)
+        days[found - first] = [_to_day(int(date), f"{path}: a date") for date in found]
+        days, parcels = days[dates - first], list(parcels)
+        places, ends = np.searchsorted(ids, parcels), np.cumsum(counts)
+        begin = (ends - counts)[places].tolist()
+    return {parcel: days[a:b] for parcel, a, b in zip(parcels, begin, ends[places].tolist())}
 
 
 def _to_day(value: Any, where: str) -> int:
@@ -232,64 +259,6 @@ def read_units(folder: Path) -> float | None:
     return (
         float(units) if isinstance(units, int | float) and not isinstance(units, bool) and units > 0 else None
     )
-
-
-def read_extra_features(
-    folder: Path, name: str, pid: Sequence[str], stats: Arrays | None = None
-) -> tuple[np.ndarray, Arrays]:
-    """Standardised features (parcels, F) from META/<name>.json, and the mean and deviation they were standardised with.
-
-    The statistics are those of all parcels in the file (deviation with n - 1), unless given.
-    """
-    path = folder / "META" / f"{name}.json"
-    values = read_json(path, f"{_EXTRA}, or the flag --geomfeat 0")
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is something else; expected {_EXTRA}.")
-    missing = [parcel for parcel in pid if parcel not in values]
-    if missing:
-        raise UserError(
-            f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it or train with --geomfeat 0."
-        )
-    table = {parcel: _to_vector(value) for parcel, value in values.items()}
-    first, width = next((parcel, len(vector)) for parcel, vector in table.items())
-    for parcel, vector in table.items():
-        if not len(vector):
-            raise UserError(
-                f"{path}: parcel {parcel} has {reprlib.repr(values[parcel])}; expected a finite number or a list of such."
-            )
-        if len(vector) != width:
-            raise UserError(
-                f"{path}: parcel {parcel} has {len(vector)} number(s), parcel {first} has {width}; all must agree."
-            )
-    everything = np.stack(list(table.values()))
-    if stats is None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
-            stats = everything.mean(0), np.where(std > 0, std, 1)  # a feature that never varies says nothing
-    mean, std = stats
-    if len(mean) != everything.shape[1]:
-        raise UserError(
-            f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
-        )
-    with np.errstate(over="ignore", invalid="ignore"):
-        found = (np.stack([table[parcel] for parcel in pid]) - mean) / std
-        fits = all(np.isfinite(np.asarray(values, np.float32)).all() for values in (found, mean, std))
-    if not fits:
-        row, column = np.unravel_index(np.abs(everything).argmax(), everything.shape)
-        raise UserError(
-            f"{path}: parcel {list(table)[row]} has {everything[row, column]:g}, too large a number to standardise; correct "
-            "it, or give the feature in another unit."
-        )
-    return found, stats
-
-
-def _to_vector(value: Any) -> np.ndarray:
-    """A finite number, or a list of such, as a vector; an empty one for anything else."""
-    try:
-        vector = np.atleast_1d(np.asarray(value, dtype=np.float64))
-    except (TypeError, ValueError, OverflowError):
-        return np.empty(0)
-    return vector if vector.ndim == 1 and np.isfinite(vector).all() else np.empty(0)
 
 
 def check_norm(norm: Any, shape: tuple[int | None, int], source: str | Path = "norm") -> Arrays:

@@ -77,16 +77,27 @@ def to_dataset_ids(names: Sequence[str], own_ids: Mapping[str, str]) -> list[str
 
 
 def to_ground(outlines: GeoDataFrame) -> GeoDataFrame:
-    """The same outlines in metres, north up: in the equal-area azimuthal projection about the middle of them all.
+    """The same outlines in metres on the ground, see `ground_crs`."""
+    return outlines.to_crs(ground_crs(outlines))
+
+
+def ground_crs(outlines: GeoDataFrame) -> str:
+    """Coordinates in metres, north up: the equal-area azimuthal projection about the middle of all outlines.
 
     Unlike the metres of, say, Web Mercator, these are metres on the ground, wherever the parcels are.
 
     Raises:
         UserError: if the coordinates are outside their reference system.
     """
-    west, south, east, north = outlines.geometry.to_crs(4326).total_bounds
+    import shapely
+    from pyproj import Transformer
+
+    to_degrees = Transformer.from_crs(outlines.crs, 4326, always_xy=True)
+    points = shapely.get_coordinates(outlines.geometry).T.copy()  # which take less memory than outlines
+    to_degrees.transform(*points, inplace=True)
+    (west, south), (east, north) = points.min(1), points.max(1)
     if not np.isfinite([west, south, east, north]).all():
         raise UserError(
             f"the outlines do not lie where their coordinate reference system, {outlines.crs.name}, applies; correct it."
         )
-    return outlines.to_crs(f"+proj=laea +lat_0={(south + north) / 2} +lon_0={(west + east) / 2} +units=m")
+    return f"+proj=laea +lat_0={(south + north) / 2} +lon_0={(west + east) / 2} +units=m"

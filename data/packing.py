@@ -1,22 +1,33 @@
-"""Packs a dataset folder: every file of DATA is checked once, and all pixels go to one file that `data/store.py` reads."""
+"""Opens and writes the pixels of a dataset folder, which are files of DATA, or PIXELS.
+
+Every file of DATA is checked once, and all pixels are packed into a store, which `data/store.py` reads. PIXELS is such
+a store already. It is the original: nothing removes it or writes it again.
+"""
 
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
 
-from common.errors import UserError
+from common.errors import UserError, as_user_error
+from common.files import read_json, write_json
 from common.progress import progress_bar
+from data.files import Files, list_files, read_headers
+from data.metadata import DAYS, PIXELS
 from data.missing import presence
 from data.store import PixelStore, missing_file, remove_unless_read
 
-FORMAT = 4  # part of every store's name: raise it when the layout changes
+FORMAT = 4  # part of the name of every copy of DATA: raise it when the layout changes
+FORM, VERSION = "format.json", 1  # of PIXELS: raise the number when older code cannot read what is written
+_HEADER = 128  # bytes of a file of pixels before the pixels
+Add = Callable[..., None]
 
 
 def open_store(
@@ -26,10 +37,10 @@ def open_store(
     nodata: float | None = None,
     n_dates: int | Mapping[int, int] | None = None,
 ) -> PixelStore:
-    """Opens the store of a dataset folder, packing the folder first if there is none or the folder has changed.
+    """Opens the store of a dataset folder, packing DATA first if there is none or files have changed.
 
     Args:
-        folder: dataset folder, with one DATA/<id>.npy of shape (L, C, S), or (L, C), per parcel.
+        folder: dataset folder, with PIXELS or with one DATA/<id>.npy of shape (L, C, S), or (L, C), per parcel.
         cache_dir: where to keep the store; beside DATA if not given.
         in_memory: whether to read all pixels into memory.
         nodata: value that, in all channels of a pixel, says that it is missing on a date, as NaN does.
@@ -39,7 +50,37 @@ def open_store(
         UserError: if the folder or one of its files is not as expected, or the store cannot be written.
     """
     folder = Path(folder)
-    files = _list_files(folder)
+    check_folder(folder)
+    if is_packed(folder):
+        path, remedy = folder / PIXELS, "copy it again"
+    else:
+        path = _packed_copy(folder, cache_dir, nodata, n_dates)
+        remedy = "remove it, it is made again from the files of DATA"
+    try:
+        store = PixelStore(path, in_memory, nodata)
+    except UserError:
+        raise
+    except MemoryError:
+        raise UserError(f"the pixels of {folder} do not fit into memory; leave --preload out.") from None
+    except Exception as error:  # damaged bytes can fail in any way
+        raise UserError(f"{path} is damaged ({error}); {remedy}.") from error
+    _check_dates(folder, store, n_dates)
+    if not store.observed.any():
+        meaning = (
+            "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
+        )
+        raise UserError(f"no pixel of {folder} is present on any date; {meaning}.")
+    return store
+
+
+def _packed_copy(
+    folder: Path,
+    cache_dir: str | Path | None,
+    nodata: float | None,
+    n_dates: int | Mapping[int, int] | None,
+) -> Path:
+    """The store of the files of DATA as they are now, made if it is not there."""
+    files = list_files(folder)
     parent = folder
     if cache_dir is not None:  # several datasets may share it
         whose = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
@@ -56,58 +97,46 @@ def open_store(
                 f"the packed copy of {folder} cannot be written in {parent} ({error.strerror or error}); "
                 "make room there or choose another folder with --cache_dir."
             ) from error
-    try:
-        store = PixelStore(path, in_memory, nodata)
-    except UserError:
-        raise
-    except MemoryError:
-        raise UserError(f"the pixels of {folder} do not fit into memory; leave --preload out.") from None
-    except Exception as error:  # damaged bytes can fail in any way
-        raise UserError(
-            f"the packed copy {path} is damaged ({error}); remove it, it is made again from the files of DATA."
-        ) from error
-    _check_dates(folder, store.ids, store.dates, n_dates)
-    if not store.observed.any():
-        meaning = (
-            "NaN means missing" if nodata is None else f"NaN and, as --nodata says, {nodata:g} mean missing"
-        )
-        raise UserError(f"no pixel of {folder} is present on any date; {meaning}.")
-    return store
+    return path
 
 
 def list_parcels(folder: Path) -> list[int]:
     """Ids of the parcels of a dataset folder, in increasing order."""
-    return list(_list_files(folder))
+    check_folder(folder)
+    if not is_packed(folder):
+        return list(list_files(folder))
+    path = folder / PIXELS / "index.npz"
+    with as_user_error(Exception, prefix=f"{path} is damaged; copy it again: "), np.load(path) as index:
+        return index["ids"].tolist()
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the pixels of a dataset folder are in PIXELS."""
+    return (folder / PIXELS).is_dir()
 
 
 def check_folder(folder: Path) -> None:
-    """Raises a UserError unless the folder is there and contains DATA."""
+    """Raises a UserError unless the folder is there and contains DATA, or PIXELS of a version that can be read."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a dataset folder that contains DATA and META.")
-    if not (folder / "DATA").is_dir():
-        raise UserError(f"{folder} contains no folder DATA; expected one file DATA/<id>.npy per parcel.")
-
-
-def _list_files(folder: Path) -> dict[int, os.stat_result]:
-    """Size and time of every DATA/<id>.npy by id, in increasing order."""
-    check_folder(folder)
-    files = {}
-    with os.scandir(folder / "DATA") as entries:
-        for entry in entries:
-            name, suffix = os.path.splitext(entry.name)
-            if suffix != ".npy" or name.startswith("."):
-                continue
-            if not (name.isascii() and name.isdigit() and str(int(name)) == name and int(name) < 2**63):
-                raise UserError(
-                    f"{entry.path}: a parcel's file is named by its id, a whole number such as 17.npy."
-                )
-            try:
-                files[int(name)] = entry.stat()
-            except OSError as error:  # such as a link that leads nowhere
-                raise UserError(f"{entry.path} cannot be read ({error.strerror}).") from error
-    if not files:
-        raise UserError(f"{folder / 'DATA'} contains no .npy file; expected one <id>.npy per parcel.")
-    return dict(sorted(files.items()))
+    has_files = (folder / "DATA").is_dir()
+    if is_packed(folder) and has_files:
+        raise UserError(
+            f"{folder} contains both DATA and {PIXELS}, which hold the pixels each in a form of its own; remove one."
+        )
+    if is_packed(folder):
+        path = folder / PIXELS / FORM
+        content = read_json(path, f'{{"version": {VERSION}}}')
+        version = content.get("version") if isinstance(content, dict) else None
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
+            raise UserError(
+                f"{path} tells of version {version!r} of the format, but this program knows versions up to {VERSION}; "
+                "use a later release of it."
+            )
+    elif not has_files:
+        raise UserError(
+            f"{folder} contains no folder DATA; expected one file DATA/<id>.npy per parcel, or {PIXELS}."
+        )
 
 
 def _fingerprint(files: dict[int, os.stat_result]) -> str:
@@ -125,31 +154,20 @@ def _pack(
     for leftover in path.parent.glob(".PACKED-*"):  # of a packing that was killed; nobody else packs here now
         shutil.rmtree(leftover)
     files = read_headers(folder, ids)
-    dates, (n_channels, *_), sizes = files.shapes.T
-    _check_dates(folder, files.ids, dates, n_dates)
-    dtype = np.result_type(*set(files.dtypes)).newbyteorder("=")
-    first = np.concatenate([[0], np.cumsum(files.shapes.prod(1))])
-    needed = int(first[-1]) * dtype.itemsize
+    _check_dates(folder, files, n_dates)
+    dtype = np.result_type(*set(files.dtypes))
+    needed = int(files.shapes.prod(1).sum()) * dtype.itemsize
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise UserError(
             f"packing {folder} needs {needed / 1e9:.1f} GB in {path.parent}, where {free / 1e9:.1f} GB are free; "
             "make room there or choose another folder with --cache_dir."
         )
-    complete, observed = np.ones(len(sizes), bool), sizes > 0
     temporary = Path(tempfile.mkdtemp(prefix=".PACKED-", dir=path.parent))
     try:
-        # A last pixel stays 0: that of parcels without any.
-        shape = (int(first[-1]) + int(dates.max()) * int(n_channels),)
-        pixels = np.lib.format.open_memmap(temporary / "pixels.npy", mode="w+", dtype=dtype, shape=shape)
-        _reserve(temporary / "pixels.npy")
-        for i, name in enumerate(progress_bar(files.paths, "packing files", "files")):
-            values = files.read(i)
-            pixels[first[i] : first[i + 1]] = values.transpose(2, 0, 1).reshape(-1)
-            complete[i], observed[i] = presence(name, values, nodata)
-        pixels.flush()
-        np.savez(temporary / "index.npz", ids=files.ids, sizes=sizes, dates=dates, n_channels=n_channels)
-        np.savez(temporary / missing_file(nodata), complete=complete, observed=observed)
+        with _write_store(temporary, dtype, nodata) as add:
+            for i in progress_bar(range(len(ids)), "packing files", "files"):
+                add(ids[i], files.parcel(i).transpose(1, 2, 0), files.paths[i])
         temporary.chmod(0o755)
         temporary.rename(path)
     except BaseException:
@@ -159,109 +177,71 @@ def _pack(
         remove_unless_read(outdated)
 
 
-def _check_dates(
-    folder: Path, ids: np.ndarray, found: np.ndarray, n_dates: int | Mapping[int, int] | None
-) -> None:
+@contextmanager
+def write_pixels(folder: Path, packed: bool, dtype: np.dtype, nodata: float | None) -> Iterator[Add]:
+    """Writes the pixels of a new dataset folder; what is given adds a parcel, id and pixels (L, C, S), in any order.
+
+    Args:
+        folder: the dataset folder.
+        packed: whether to write PIXELS, which does not need a file for each parcel, and not DATA.
+        dtype: of the pixels.
+        nodata: value that, in all channels of a pixel, says that it is missing on a date, as NaN does.
+    """
+    place = folder / (PIXELS if packed else "DATA")
+    place.mkdir(parents=True)
+    if packed:
+        with _write_store(place, dtype, nodata) as add:
+            yield add
+        write_json(place / FORM, {"version": VERSION})
+    else:
+        yield lambda parcel, values: np.save(place / f"{parcel}.npy", values)
+
+
+@contextmanager
+def _write_store(folder: Path, dtype: np.dtype, nodata: float | None) -> Iterator[Add]:
+    """Writes a store into an empty folder as `write_pixels` does; no pixels are kept in memory."""
+    dtype, rows, n_channels, n = dtype.newbyteorder("="), array("q"), 0, 0
+    with open(folder / "pixels.npy", "wb", buffering=2**20) as file:
+        file.write(bytes(_HEADER))  # the number of pixels is not known yet
+
+        def add(parcel: int, values: np.ndarray, name: Path | None = None) -> None:
+            nonlocal n_channels, n
+            n_dates, n_channels, size = values.shape
+            present = presence(name or Path(f"parcel {parcel}"), values, nodata)
+            rows.extend((parcel, size, n_dates, n, *present))
+            file.write(np.ascontiguousarray(values.transpose(2, 0, 1), dtype))
+            n += values.size
+
+        yield add
+        table = np.array(rows).reshape(-1, 6)
+        ids, sizes, dates, first, complete, observed = table[np.argsort(table[:, 0])].T
+        n_spare = int(dates.max()) * n_channels  # a last pixel is 0: that of parcels without any
+        file.write(bytes(n_spare * dtype.itemsize))
+        file.seek(0)
+        form = {"descr": dtype.str, "fortran_order": False, "shape": (n + n_spare,)}
+        np.lib.format.write_array_header_1_0(file, form)
+        if file.tell() != _HEADER:
+            raise ValueError("NumPy writes headers of another length")
+    index = {"ids": ids, "sizes": sizes, "dates": dates, "n_channels": n_channels, "first": first}
+    np.savez(folder / "index.npz", **index)
+    np.savez(folder / missing_file(nodata), complete=complete > 0, observed=observed > 0)
+
+
+def write_days(folder: Path, days: Sequence[Sequence[int]]) -> None:
+    """Writes dates that differ from parcel to parcel beside PIXELS, YYYYMMDD, in the order of ids."""
+    np.save(folder / PIXELS / DAYS, np.concatenate(days, dtype=np.int32, casting="unsafe"))
+
+
+def _check_dates(folder: Path, found: PixelStore | Files, n_dates: int | Mapping[int, int] | None) -> None:
     """Raises a UserError unless every parcel has as many dates as `n_dates` says."""
     if n_dates is None:
         return
-    expected = np.array([n_dates[i] for i in ids.tolist()]) if isinstance(n_dates, Mapping) else n_dates
-    if (wrong := found != expected).any():
+    is_each = isinstance(n_dates, Mapping)
+    expected = np.array([n_dates[i] for i in found.ids.tolist()]) if is_each else n_dates
+    if (wrong := found.dates != expected).any():
         i = int(np.argmax(wrong))
-        listed = f"{expected[i]} dates for it" if isinstance(n_dates, Mapping) else f"{n_dates} dates"
+        listed = f"{expected[i]} dates for it" if is_each else f"{n_dates} dates"
         raise UserError(
-            f"{folder / 'DATA' / f'{ids[i]}.npy'} has {found[i]} dates, but {folder / 'META' / 'dates.json'} lists {listed}; "
+            f"{folder / found.name(i)} has {found.dates[i]} dates, but {folder / 'META' / 'dates.json'} lists {listed}; "
             "they must agree."
         )
-
-
-def _reserve(path: Path) -> None:
-    """Takes all the room of a file now: without any left, writing to a memory-mapped one would end the process."""
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-
-
-class Files(NamedTuple):
-    """The files of DATA as their headers describe them, in the order of ids.
-
-    Attributes:
-        ids: of the parcels, (N,) int64.
-        paths: N.
-        shapes: dates, channels and pixels of each, (N, 3) int64.
-        dtypes: N.
-    """
-
-    ids: np.ndarray
-    paths: list[Path]
-    shapes: np.ndarray
-    dtypes: list[np.dtype]
-
-    def read(self, i: int) -> np.ndarray:
-        """The pixels of a parcel, (L, C, S), whose header was read before."""
-        try:
-            values = np.load(self.paths[i], allow_pickle=False)
-        except (OSError, ValueError):
-            values = None
-        shape = tuple(self.shapes[i].tolist())
-        if values is None or ((*values.shape, 1)[:3], values.dtype) != (shape, self.dtypes[i]):
-            raise UserError(
-                f"{self.paths[i]} changed or vanished while it was read; start again once the dataset is complete."
-            )
-        return values.reshape(shape)
-
-
-def read_headers(folder: Path, ids: list[int] | None = None) -> Files:
-    """What the headers of the files of these parcels say; without ids, of all that DATA has.
-
-    Raises:
-        UserError: if a file holds no pixels by date and channel, their channels differ, or no file has a pixel.
-    """
-    ids = list_parcels(folder) if ids is None else ids
-    paths = [folder / "DATA" / f"{parcel}.npy" for parcel in ids]
-    headers = [_read_header(path) for path in progress_bar(paths, "checking files", "files")]
-    shapes, dtypes = np.array([shape for shape, _ in headers], np.int64), [dtype for _, dtype in headers]
-    channels = shapes[:, 1]
-    if (channels != channels[0]).any():
-        other = int(np.argmax(channels != channels[0]))
-        raise UserError(
-            f"{paths[other]} has {channels[other]} channels, but {paths[0]} has {channels[0]}; all parcels of a dataset "
-            "must agree."
-        )
-    if not shapes[:, 2].any():
-        raise UserError(f"no file in {folder / 'DATA'} contains a pixel.")
-    return Files(np.array(ids, np.int64), paths, shapes, dtypes)
-
-
-_HEADER_READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-
-
-def _read_header(name: Path) -> tuple[tuple[int, int, int], np.dtype]:
-    """Shape (L, C, S) and type of a parcel's file, without its values."""
-    try:
-        with open(name, "rb") as file:
-            shape, _, dtype = _HEADER_READERS[np.lib.format.read_magic(file)](file)
-            present = os.fstat(file.fileno()).st_size - file.tell()
-    except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror}).") from error
-    except Exception as error:  # a damaged header can fail in any way
-        raise UserError(
-            f"{name} is not a NumPy array file, or its beginning is damaged; write it again with numpy.save."
-        ) from error
-    if dtype.kind not in "uifb" or dtype.itemsize > 8:
-        raise UserError(
-            f"{name} holds values of type {dtype}; expected numbers, integers or floats of at most 64 bits."
-        )
-    if len(shape) not in (2, 3) or 0 in shape[:2]:
-        raise UserError(
-            f"{name} has shape {shape}; expected three axes: dates, channels, pixels (or two, for a single pixel)."
-        )
-    expected = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if present < expected:
-        raise UserError(
-            f"{name} is truncated: expected {expected} bytes of values, found {present}; copy it again."
-        )
-    return (*shape, 1)[:3], dtype

@@ -8,7 +8,8 @@ import numpy as np
 from common.errors import UserError
 from data.calendar import Calendar
 from data.classes import UNKNOWN, number_labels
-from data.metadata import Arrays, find_used, read_days, read_extra_features, read_info, read_nomenclature
+from data.features import read_extra_features
+from data.metadata import Arrays, find_used, read_days, read_info, read_nomenclature
 from data.moments import Moments
 from data.packing import check_folder, list_parcels, open_store
 
@@ -65,31 +66,46 @@ class Parcels:
         self.store = open_store(folder, cache_dir, self.in_memory, nodata, n_dates)
         self.n_dates, self.n_channels = int(self.store.dates.max()), self.store.n_channels
 
-        found = [(labels or {}).get(str(parcel)) for parcel in self.store.ids]
+        names = list(map(str, self.store.ids.tolist()))
+        found = [None] * len(names) if labels is None else list(map(labels.get, names))
         self.n_unlabelled = found.count(None) if labels is not None else 0
-        self.classes, targets = number_labels(found, sub_classes)
-        kept = [i for i, target in enumerate(targets) if keep_all or labels is None or target is not None]
-        if not kept:
+        self.classes, found = number_labels(found, sub_classes)
+        every = keep_all or labels is None
+        labels = None  # of many parcels they take much memory
+        kept = np.array([i for i, target in enumerate(found) if every or target is not None], np.int64)
+        if not len(kept):
             what = "a label" if self.classes is None else f"one of the labels {self.classes}"
             raise UserError(f"no parcel of {folder} has {what}; choose other --labels or --sub_classes.")
         self.complete = bool(self.store.complete[kept].all())
         self.varying = varying or until is not None or not shared or not self.complete
         self.n_unobserved, used = 0, None if until is None else find_used(days, season_start, until)
-        if self.varying and not keep_all:
-            calendar = Calendar(days, self.store.ids[kept].tolist(), season_start, used)
-            observed = [i for k, i in enumerate(kept) if self.store.is_observed(i, calendar.of(k)[1])]
-            self.n_unobserved, kept = len(kept) - len(observed), observed
-        self.target = np.array([UNKNOWN if targets[i] is None else targets[i] for i in kept], dtype=np.int64)
-        self.pid = [str(parcel) for parcel in self.store.ids[kept]]
         self._calendar = Calendar(days, self.store.ids[kept].tolist(), season_start, used)
+        if self.varying and not keep_all:
+            observed = self._find_observed(kept)
+            if not observed.all():
+                self.n_unobserved, kept = int((~observed).sum()), kept[observed]
+                self._calendar = Calendar(days, self.store.ids[kept].tolist(), season_start, used)
+        del days, n_dates, used
+        self.target = np.array([UNKNOWN if found[i] is None else found[i] for i in kept], dtype=np.int64)
+        self.pid, self.places = [names[i] for i in kept], kept
         self.date_positions = self._calendar.positions
-        self.places = np.array(kept, np.int64)
         self.features, self.extra_stats = None, None
         if extra_feature is not None:
             self.features, self.extra_stats = read_extra_features(
                 self.folder, extra_feature, self.pid, extra_stats
             )
         self.n_extra = 0 if self.features is None else self.features.shape[1]
+
+    def _find_observed(self, places: np.ndarray) -> np.ndarray:
+        """Whether some pixel of each parcel of the calendar is present on a date that is used, (N,); see `places`."""
+        counts = self._calendar.count(np.arange(len(places)))
+        observed = self.store.observed[places] & (counts > 0)
+        for k in np.flatnonzero(
+            observed & ~self.store.complete[places] & (counts < self.store.dates[places])
+        ):
+            missing = self.store.look(places[k], self._calendar.of(k)[1])[1]
+            observed[k] = missing is None or not missing.all()
+        return observed
 
     def __len__(self) -> int:
         return len(self.pid)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from common.errors import UserError
 from common.files import write_bytes
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PARTS = "parcels.npz"  # in a results folder
 _NOT, _LEARNED, _TEST = 0, 1, 2
+_CHUNK = 2**13  # parcels whose first pixels are read at a time
 
 
 def fingerprints(
@@ -45,17 +47,23 @@ def fingerprints(
     is_shared = isinstance(days, np.ndarray)
     places = np.searchsorted(store.ids, numbers)
     found = np.empty(len(places), np.int64)
-    for i, (parcel, place) in enumerate(
-        progress_bar(zip(numbers.tolist(), places.tolist()), "recognising parcels", "parcels")
-    ):
-        digest = hashlib.blake2b(f"{parcel} {store.sizes[place]} ".encode(), digest_size=8)
-        own, pixel = days if is_shared else days[parcel], store.parcel(place)[:1]
-        if used is not None:
-            rows = used if is_shared else used[parcel]
-            own, pixel = own[rows], pixel[:, rows]
-        digest.update(own.astype(np.int64).tobytes())
-        digest.update(pixel.astype(np.float64).tobytes())
-        found[i] = int.from_bytes(digest.digest(), "little", signed=True)
+    for start in progress_bar(range(0, len(places), _CHUNK), "recognising parcels", "chunks"):
+        part = slice(start, start + _CHUNK)
+        sizes, n_dates, here = (
+            values[places[part]].tolist() for values in (store.sizes, store.dates, store.ids)
+        )
+        begin = store.locate(torch.from_numpy(places[part]), torch.zeros(len(here), 1, dtype=torch.long))
+        pixels = store.read(begin, max(n_dates)).squeeze(1).numpy().astype(np.float64)
+        for i, (parcel, size, n, pixel) in enumerate(zip(here, sizes, n_dates, pixels), start=start):
+            digest = hashlib.blake2b(f"{parcel} {size} ".encode(), digest_size=8)
+            own, pixel = days if is_shared else days[parcel], pixel[:n]
+            if used is not None:
+                rows = used if is_shared else used[parcel]
+                own, pixel = own[rows], pixel[rows]
+            digest.update(own.astype(np.int64).tobytes())
+            if size:
+                digest.update(pixel.tobytes())
+            found[i] = int.from_bytes(digest.digest(), "little", signed=True)
     return found
 
 

@@ -1,8 +1,8 @@
-"""The packed store of a dataset folder, read as fast as memory allows; `data/packing.py` writes it.
+"""The store of a dataset folder's pixels, read as fast as memory allows; `data/packing.py` writes it.
 
 A dataset folder has one file per parcel, (L, C, S). Training reads a random subset of the pixels of random parcels,
 so the store keeps pixels together, (S, L, C) parcel after parcel, in the type of the files; a batch is then a gather of
-rows, a single one where all parcels have equally many dates.
+rows, a single one where all parcels have equally many dates. It is a copy of the files or, as PIXELS, in their place.
 
 The pixels do not depend on which value means that one is missing. What does, is kept beside them for every such value:
 which parcels are complete, and mean and deviation. Whoever reads a store holds a shared lock on it, and what somebody
@@ -26,6 +26,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import write_bytes
 from common.progress import progress_bar
+from data.metadata import PIXELS
 from data.missing import find_missing, presence
 from data.moments import Moments
 
@@ -61,18 +62,21 @@ class PixelStore:
         with np.load(path / "index.npz", allow_pickle=False) as index:
             self.ids, self.sizes, self.dates = index["ids"], index["sizes"], index["dates"]
             self.n_channels = int(index["n_channels"])
+            first = index["first"] if "first" in index else None  # older stores have the order of the ids
         self._check_index()
         self.n_dates = int(self.dates[0]) if (self.dates == self.dates[0]).all() else None
-        ends = np.concatenate([[0], np.cumsum(self.sizes * self.dates * self.n_channels)])
+        counts = self.sizes * self.dates * self.n_channels
+        first, end = np.cumsum(counts) - counts if first is None else first, int(counts.sum())
         self._values = np.load(path / "pixels.npy", mmap_mode=None if in_memory else "r", allow_pickle=False)
-        if self._values.shape != (ends[-1] + max(self.dates) * self.n_channels,):
+        if self._values.shape != (end + int(self.dates.max()) * self.n_channels,):
             raise ValueError("pixels.npy does not hold what index.npz says")
+        if first.shape != counts.shape or (first < 0).any() or (first + counts > end).any():
+            raise ValueError("index.npz points beyond pixels.npy")
         self._state = _file_state(path / "pixels.npy")
+        self._first = np.where(self.sizes > 0, first, end)
         if self.n_dates is not None:
             self._rows = self._values.reshape(-1, self.n_dates * self.n_channels)
-        first = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._first_rows = torch.from_numpy(np.where(self.sizes > 0, first[:-1], first[-1]))
-        self._first = np.where(self.sizes > 0, ends[:-1], ends[-1])
+            self._first_rows = torch.from_numpy(self._first // self._rows.shape[1])
         self._on_device: Tensor | None = None
         with _one_at_a_time(path / missing_file(nodata)):
             self.complete, self.observed = self._find_missing()
@@ -113,8 +117,9 @@ class PixelStore:
         complete, observed = np.ones(len(self.ids), bool), self.sizes > 0
         if self._values.dtype.kind == "f" or self.nodata is not None:
             for i in progress_bar(range(len(self.ids)), "looking for missing pixels", "parcels"):
-                name, values = Path("DATA", f"{self.ids[i]}.npy"), self.parcel(i).transpose(1, 2, 0)
-                complete[i], observed[i] = presence(name, values, self.nodata)
+                complete[i], observed[i] = presence(
+                    self.name(i), self.parcel(i).transpose(1, 2, 0), self.nodata
+                )
             _keep(path, complete=complete, observed=observed)
         return complete, observed
 
@@ -179,19 +184,17 @@ class PixelStore:
             shape
         )  # a plain array: less overhead
 
+    def name(self, place: int) -> Path:
+        """What messages call the parcel at a place in `ids`."""
+        parcel = self.ids[place]
+        return Path(PIXELS, f"parcel {parcel}") if self.path.name == PIXELS else Path("DATA", f"{parcel}.npy")
+
     def look(
         self, place: int, rows: np.ndarray | slice = slice(None)
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The pixels of a parcel on some of its dates, (S, L, C), and which are missing, (S, L); None if none is."""
         pixels = self.parcel(place)[:, rows]
         return pixels, None if self.complete[place] else find_missing(pixels, self.nodata)
-
-    def is_observed(self, place: int, rows: np.ndarray) -> bool:
-        """Whether some pixel of a parcel is present on some of these dates."""
-        if not self.observed[place] or not len(rows):
-            return False
-        missing = None if len(rows) == self.dates[place] else self.look(place, rows)[1]
-        return missing is None or not missing.all()
 
     def to(self, device: torch.device) -> "PixelStore":
         """The same store with its pixels in the memory of a device, where `read` then works."""

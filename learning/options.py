@@ -154,6 +154,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         npixel=args.npixel or min(NPIXEL, int(every_label.store.sizes.max())),
         n_extra=int(args.geomfeat or (args.geomfeat is None and has_extra)),
     )
+    del every_label, present  # of many parcels they take much memory
     dataset = (PixelSetData_preloaded if args.preload else PixelSetData).for_run(
         folder,
         settings,

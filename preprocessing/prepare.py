@@ -3,7 +3,8 @@
     python -m preprocessing.prepare --images FOLDER --parcels FILE --output DIR --label_column crop
 
 Every parcel is rasterised once; then each image is read once, block by block. A run that was killed goes on after the
-last date it finished, when started again with the same images, parcels and options.
+last date it finished, when started again with the same images, parcels and options. With --packed the pixels are
+written as PIXELS, without a file for each parcel.
 """
 
 import argparse
@@ -22,11 +23,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError, as_user_error, run_cli
-from common.files import check_new, write_bytes, write_json
+from common.files import check_new, read_json, write_bytes, write_json
 from common.flags import Parser, finite, positive
 from reports.plots import save_figure
 
-LEFT_OUT = "left_out.csv"
+LEFT_OUT, PREPARED = "left_out.csv", "prepared.json"
 
 
 class _Pattern(argparse.Action):
@@ -92,6 +93,8 @@ def parse_args() -> argparse.Namespace:
         choices=("mosaic", "mean", "separate"),
         help=same + "; adjoining tiles are joined in any case",
     )
+    packed = "write one file of all pixels, PIXELS, instead of one per parcel; needed for millions of parcels"
+    add("--packed", action="store_true", help=packed)
     add = parser.add_argument_group("computing").add_argument
     add("--memory", type=_gigabytes, default=2.0, help="GB that pixels may take in memory")
     add("--scheduler", help="address of a Dask scheduler whose workers read the images")
@@ -126,7 +129,8 @@ def main() -> None:
             "--offset takes a number and, if it does not hold for all images, the first day of those."
         )
     output = Path(args.output).resolve()
-    check_new(output)
+    if not _unfinished(output):
+        check_new(output)
     with as_user_error(ImportError, prefix="preparing images needs the packages of requirements-geo.txt: "):
         from preprocessing.images.grids import place_images
         from preprocessing.images.outlines import read_parcels
@@ -141,24 +145,41 @@ def main() -> None:
     )
     with as_user_error(OSError, prefix=f"the dataset cannot be written to {output}: "):
         images = [image for grid in grids for image in grid.images]
-        with _working_folder(output, _fingerprint(args, images)) as work:
-            _prepare(args, output, work, grids, bands, parcels, units)
+        with _working_folder(output, _fingerprint(args, images)) as (work, finished):
+            summary = "complete; the run that prepared it was killed at its end"
+            if not finished:
+                summary = _prepare(args, output, work, grids, bands, parcels, units)
+            _tell(output, summary)
+
+
+def _unfinished(output: Path) -> set[Path]:
+    """Working folders of runs that were killed, or are under way."""
+    return set(output.parent.glob(f".{escape(output.name)}-{'[0-9a-f]' * 16}"))
 
 
 @contextmanager
-def _working_folder(output: Path, fingerprint: str) -> Iterator[Path]:
-    """A hidden folder beside the output, where a run with the same input goes on; one run at a time."""
+def _working_folder(output: Path, fingerprint: str) -> Iterator[tuple[Path, bool]]:
+    """A hidden folder beside the output, where a run with the same input goes on, and whether one wrote the output.
+
+    One run at a time. The folder is the last thing to go, so that where it is, its run was not over.
+    """
     work, lock = output.with_name(f".{output.name}-{fingerprint}"), output.with_name(f".{output.name}.lock")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock, timeout=0):
             try:
-                for other in set(output.parent.glob(f".{escape(output.name)}-{'[0-9a-f]' * 16}")) - {work}:
+                for other in _unfinished(output) - {work}:
                     shutil.rmtree(other)  # of a run with other input that was killed
+                finished = work.exists() and (output / "META" / PREPARED).exists()
+                if not finished:
+                    check_new(output)
                 work.mkdir(exist_ok=True)
-                yield work
+                yield work, finished
             finally:
-                if not any(work.glob("*.npy")):  # nothing to go on with
+                if (output / "META" / PREPARED).exists():
+                    lock.unlink(missing_ok=True)
+                    shutil.rmtree(work, ignore_errors=True)
+                elif not any(work.glob("*.npy")):  # nothing to go on with
                     shutil.rmtree(work, ignore_errors=True)
                 lock.unlink(missing_ok=True)
     except Timeout:
@@ -175,12 +196,12 @@ def _prepare(
     bands: list[str],
     parcels: object,
     units: dict,
-) -> None:
-    """Writes the dataset in the working folder, from where it is renamed."""
+) -> str:
+    """Writes the dataset in the working folder, from where it is renamed; returns a line that sums it up."""
     from preprocessing.images.extract import choose_reading, extract, read_pixels
     from preprocessing.images.layout import lay_out
     from preprocessing.images.pixelsets import check_overlap, check_room, select, write_dataset
-    from preprocessing.images.summary import describe, plot_prepared, summarise
+    from preprocessing.images.summary import plot_prepared, summarise
     from preprocessing.images.workers import open_workers
 
     images = [image for grid in grids for image in grid.images]
@@ -203,7 +224,9 @@ def _prepare(
     shutil.rmtree(complete, ignore_errors=True)
     nodata = None if math.isnan(reading.fill) else reading.fill
     info = {"nodata": nodata, "bands": bands, "scale": args.scale, **units}
-    report = write_dataset(complete, layouts, parcels.table, reading, info, args.label_column, memory)
+    report = write_dataset(
+        complete, layouts, parcels.table, reading, info, args.label_column, memory, args.packed
+    )
     if parcels.classes:
         write_json(complete / "META" / "classes.json", {args.label_column: parcels.classes})
     left_out += report.left_out
@@ -211,17 +234,25 @@ def _prepare(
     csv.writer(rows).writerows([("parcel", "reason"), *left_out])
     write_bytes(complete / "META" / LEFT_OUT, rows.getvalue().encode())
     prepared = summarise(grids, report.dates, len(report.kept), left_out) | {"bands": bands, **units}
-    write_json(complete / "META" / "prepared.json", prepared)
+    write_json(complete / "META" / PREPARED, prepared)
     kept = parcels.table["id"].isin(report.kept).to_numpy()
     save_figure(complete / "META" / "prepared.png", plot_prepared(prepared, grids, parcels.table, kept))
     if output.exists():
         output.rmdir()
     complete.rename(output)
-    shutil.rmtree(work)
-    print(f"{output}: {report.summary}", *describe(prepared), sep="\n")
-    if left_out:
-        print(f"all that were left out: {output / 'META' / LEFT_OUT}")
-    print(f"this table and a picture of it: {output / 'META' / 'prepared.json'} and .png")
+    return report.summary
+
+
+def _tell(output: Path, summary: str) -> None:
+    """Prints what was prepared."""
+    from preprocessing.images.summary import describe
+
+    meta = output / "META"
+    prepared = read_json(meta / PREPARED)
+    print(f"{output}: {summary}", *describe(prepared), sep="\n")
+    if prepared["left_out"]:
+        print(f"all that were left out: {meta / LEFT_OUT}")
+    print(f"this table and a picture of it: {meta / PREPARED} and .png")
 
 
 def _fingerprint(args: argparse.Namespace, images: list) -> str:

@@ -23,6 +23,7 @@ from common.errors import UserError, as_user_error, run_cli
 from common.files import write_folder
 from common.progress import progress_bar
 from data.moments import NORM, PUBLISHED_NORM, Moments, write_norm
+from data.packing import write_days, write_pixels
 from preprocessing.simulation.crops import BANDS, CROPS, C
 from preprocessing.simulation.fields import FIRST_PARCELS, simulate_parcel
 from preprocessing.simulation.seasons import (
@@ -50,6 +51,7 @@ def simulate(
     year: int = PUBLISHED_YEAR,
     irregular: Sequence[int] | None = None,
     gaps: bool = False,
+    packed: bool = False,
 ) -> None:
     """Writes a simulated dataset in the published format; under its final name only once it is complete.
 
@@ -64,6 +66,7 @@ def simulate(
         year: other years than 2017 have dates, clouds and weather of their own, drawn from year and seed.
         irregular: fewest and most dates of a parcel, each with days of its own; None for dates that all share.
         gaps: whether pixels under clouds or shadows are missing, 0, instead of mixed with these.
+        packed: whether pixels are written to PIXELS, instead of DATA.
 
     Raises:
         UserError: if an argument is out of its range, or the folder is in use or cannot be written.
@@ -82,28 +85,32 @@ def simulate(
     with (
         as_user_error(OSError, prefix=f"The simulated dataset cannot be written to {folder}: "),
         write_folder(folder) as work,
+        write_pixels(work, packed, np.dtype(np.uint16), 0 if gaps else None) as add,
     ):
-        data, meta = work / "DATA", work / "META"
-        data.mkdir()
-        meta.mkdir()
+        (work / "META").mkdir()
         for index in progress_bar(range(parcels), "simulating", "parcels", shown=progress):
             season = shared if irregular is None else draw_own_season(year, seed, index, *irregular)
             parcel = simulate_parcel(seed, index, max_pixels, season, gaps)
             name, pixels = str(index + 1), parcel.pixels
-            np.save(data / f"{name}.npy", pixels)
+            add(index + 1, pixels)
             labels[name], sizes[name], geometries[name] = parcel.label, pixels.shape[-1], parcel.geometry
-            dates[name] = season.dates
+            if irregular is not None:
+                dates[name] = season.dates
             moments.add(pixels, (pixels == 0).all(1) if gaps else None)
         write_norm(work / (PUBLISHED_NORM if shared is PUBLISHED and per_date else NORM), moments.result())
+        if irregular is None:
+            dates = {str(t): day for t, day in enumerate(shared.dates)}
+        elif packed:
+            write_days(work, list(dates.values()))
         contents = {
             "labels": {"label_44class": labels},
-            "dates": {str(t): day for t, day in enumerate(shared.dates)} if irregular is None else dates,
+            **({} if irregular and packed else {"dates": dates}),
             "sizes": sizes,
             "geomfeat": geometries,
             "info": {"simulated": True, "nodata": 0 if gaps else None, "bands": BANDS},
         }
         for name, content in contents.items():
-            (meta / f"{name}.json").write_text(json.dumps(content))
+            (work / "META" / f"{name}.json").write_text(json.dumps(content))
 
 
 def embedded_dataset() -> Path:
@@ -139,9 +146,11 @@ def main() -> None:
     own = "each parcel has MIN to MAX dates of its own"
     add("--irregular", type=int, nargs=2, metavar=("MIN", "MAX"), help=own)
     add("--gaps", action="store_true", help="pixels under clouds are missing, 0, instead of mixed with cloud")
+    packed = "write one file of all pixels, PIXELS, instead of one per parcel"
+    add("--packed", action="store_true", help=packed)
     args = parser.parse_args()
     if args.rasters:
-        for name in ("max_pixels", "year", "irregular", "gaps"):
+        for name in ("max_pixels", "year", "irregular", "gaps", "packed"):
             if getattr(args, name) not in (None, False):
                 raise UserError(f"--{name} has no meaning with --rasters; leave one of them out.")
         with as_user_error(ImportError, prefix="--rasters needs the packages of requirements-geo.txt: "):
@@ -158,6 +167,7 @@ def main() -> None:
             year=year,
             irregular=args.irregular,
             gaps=args.gaps,
+            packed=args.packed,
         )
         n_dates = len(draw_season(year, args.seed).dates)
         if args.irregular:

@@ -27,16 +27,17 @@ from common.flags import Parser, non_negative, positive
 from common.flags import seed as parse_seed
 from data.folds import split_parts
 from data.metadata import read_nomenclatures
-from data.outlines import OUTLINES, read_own_ids, to_ground
+from data.outlines import OUTLINES, ground_crs, read_own_ids
 from data.packing import check_folder, list_parcels
 from data.settings import LABELS
 from preprocessing.groups import GROUPS, is_file, read_groups
 from preprocessing.parcels import read_outlines
+from reports.cartography import MOST_OUTLINES
 from reports.folds import plot_parts
 from reports.plots import save_figure
 
 if TYPE_CHECKING:
-    from geopandas import GeoDataFrame
+    from geopandas import GeoDataFrame, GeoSeries
 
 FOLDS, PICTURE = "folds.json", "folds.png"  # in META
 
@@ -135,7 +136,9 @@ def split(
     own_ids, in_file = read_own_ids(folder), bool(groups) and is_file(groups[0])
     try:
         column = "id" if in_file and parcels is None else id_column
-        outlines = _read_ground(source, ids, column, own_ids, () if in_file else groups)
+        outlines = _read_ground(
+            source, ids, column, own_ids, () if in_file else groups, not (buffer or groups)
+        )
     except UserError as error:
         if blocks_km is not None or buffer or parcels is not None or not in_file:
             raise
@@ -175,17 +178,24 @@ def split(
 
 
 def _read_ground(
-    source: Path, ids: np.ndarray, id_column: str, own_ids: Mapping[str, str], group_columns: Sequence[str]
+    source: Path,
+    ids: np.ndarray,
+    id_column: str,
+    own_ids: Mapping[str, str],
+    group_columns: Sequence[str],
+    centres: bool,
 ) -> GeoDataFrame:
-    """The outlines of these parcels, in their order, in metres."""
-    outlines = to_ground(read_outlines(source, id_column, own_ids, group_columns)).set_index("id")
+    """The outlines of these parcels, in their order, in metres; of very many the centres, if these are enough."""
+    outlines = read_outlines(source, id_column, own_ids, group_columns).set_index("id")
+    crs = ground_crs(outlines)
     missing = ids[~np.isin(ids, outlines.index)]
     if len(missing):
         raise UserError(
-            f"{source} has no outline of parcel {missing[0]} ({len(missing)} missing in all); add it, or remove the "
-            "parcel's file from DATA."
+            f"{source} has no outline of parcel {missing[0]} ({len(missing)} missing in all); add it, or give "
+            "outlines of all with --parcels."
         )
-    return outlines.loc[ids]
+    outlines = outlines.loc[ids]
+    return outlines.set_geometry(_project(outlines.geometry, crs, centres))
 
 
 def _keep_apart(parts: list[list[int]], near: list[set[int]], buffer: float) -> list[dict[str, list[int]]]:
@@ -201,6 +211,17 @@ def _keep_apart(parts: list[list[int]], near: list[set[int]], buffer: float) -> 
     return splits
 
 
+def _project(outlines: GeoSeries, crs: str, centres: bool) -> GeoSeries:
+    """Outlines in other coordinates; of very many their `centres`, if wanted, which are all that is then drawn."""
+    from geopandas import GeoSeries
+
+    parts, centres = [], centres and len(outlines) > MOST_OUTLINES
+    for start in range(0, len(outlines), MOST_OUTLINES):
+        part = outlines.iloc[start : start + MOST_OUTLINES].to_crs(crs)
+        parts.append((part.centroid if centres else part).to_numpy())
+    return GeoSeries(np.concatenate(parts), outlines.index, crs=crs)
+
+
 def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray:
     """Label of each parcel as text, empty without one; all empty if the dataset has no labels."""
     if name is None and not (folder / "META" / "labels.json").exists():
@@ -212,7 +233,9 @@ def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray
         raise UserError(
             f"{folder / 'META' / 'labels.json'} has no nomenclature {name!r}; it has {', '.join(nomenclatures)}."
         )
-    return np.array([str(nomenclatures[name].get(str(parcel), "")) for parcel in ids])
+    labels = [nomenclatures[name].get(str(parcel), "") for parcel in ids.tolist()]
+    words = {label: str(label) for label in set(labels)}
+    return np.array([words[label] for label in labels])
 
 
 def describe(

@@ -16,34 +16,36 @@ from common.errors import UserError, as_user_error, run_cli
 from common.files import write_json
 from common.flags import Parser
 from common.progress import progress_bar
+from data.files import Files, read_headers
 from data.metadata import read_info
 from data.missing import check_values, find_missing
 from data.moments import AXES, NORM, PUBLISHED_NORM, Moments, write_norm
-from data.packing import Files, check_folder, read_headers
+from data.packing import check_folder, is_packed, open_store
+from data.store import PixelStore
 from preprocessing.parcels import read_outlines
 
 
-def scan(files: Files, per: str | None, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
+def scan(files: Files | PixelStore, per: str | None, nodata: float | None) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of all pixels, each read once.
 
     Args:
-        files: of the dataset folder.
+        files: of the dataset folder, or its PIXELS.
         per: see `Moments`; None for "date" where all parcels have as many dates, else "channel".
         nodata: value that, in all channels, marks a missing pixel, besides NaN.
 
     Raises:
         UserError: if the number of dates differs in statistics per date, or a pixel is NaN in some channels only.
     """
-    fewest, most = files.shapes[:, 0].min(), files.shapes[:, 0].max()
+    fewest, most = files.dates.min(), files.dates.max()
     if per == "date" and fewest < most:
         raise UserError(
             f"parcels have from {fewest} to {most} dates; statistics per date need the same number for all, use --per "
             "channel."
         )
     moments = Moments(per or ("date" if fewest == most else "channel"))
-    for i, path in enumerate(progress_bar(files.paths, "mean and standard deviation", "parcels")):
-        values = files.read(i)
-        check_values(path, values, nodata)
+    for i in progress_bar(range(len(files.ids)), "mean and standard deviation", "parcels"):
+        values = files.parcel(i).transpose(1, 2, 0)
+        check_values(files.name(i), values, nodata)
         missing = find_missing(values.transpose(2, 0, 1), nodata)
         moments.add(values, None if missing is None else missing.T)
     return moments.result()
@@ -85,7 +87,7 @@ def parse_args() -> argparse.Namespace:
         description="Mean and standard deviation, sizes and geometrical features of a dataset folder."
     )
     add = parser.add_argument
-    add("folder", metavar="DIR", help="dataset folder, with DATA/<id>.npy")
+    add("folder", metavar="DIR", help="dataset folder")
     axes = "date (and channel), channel, or all; by date where all parcels share the dates"
     add("--per", choices=AXES, help=axes)
     add("--nodata", type=float, help="value of missing pixels; without it, that of META/info.json")
@@ -116,8 +118,8 @@ def main() -> None:
     nodata = args.nodata
     if nodata is None:
         nodata = read_info(folder).get("nodata")
-    found = read_headers(folder)
-    sizes = dict(zip(map(str, found.ids), found.shapes[:, 2].tolist()))
+    found = open_store(folder, nodata=nodata) if is_packed(folder) else read_headers(folder)
+    sizes = dict(zip(map(str, found.ids), found.sizes.tolist()))
     contents = {}
     if meta / "sizes.json" in wanted:
         contents[meta / "sizes.json"] = sizes

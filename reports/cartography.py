@@ -23,6 +23,7 @@ PALETTE = [
     *("#664400", "#771177", "#00eeff", "#bbaa55", "#aaeebb", "#0044aa", "#225533", "#aa2266", "#226677", "#99dd55"),
 ]  # fmt: skip
 _EDGE = "black"
+MOST_OUTLINES = 20_000  # that are drawn as such
 
 
 def colour_distances() -> np.ndarray:
@@ -114,6 +115,15 @@ def fill(panel: Axes, paths: Sequence[Path], colours: str | Sequence[str] | None
     width = min(0.05 * float(np.median(sides or [0])) * points_per_metre(panel), 0.5)
     collection = PathCollection(paths, facecolors=colours, edgecolors=_EDGE, linewidths=width)
     return panel.add_collection(collection, autolim=False)
+
+
+def fill_outlines(panel: Axes, outlines: GeoSeries, colours: np.ndarray) -> None:
+    """Draws outlines filled in colours, (N,), in a framed panel; of very many their centres alone."""
+    if len(outlines) > MOST_OUTLINES:
+        west, south, east, north = outlines.bounds.to_numpy().T
+        panel.scatter((west + east) / 2, (south + north) / 2, s=0.5, c=colours, linewidths=0)
+    else:
+        fill(panel, outline_paths(outlines), colours.tolist())
 
 
 def points_per_metre(panel: Axes) -> float:

@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from reports.cartography import PALETTE, add_scale, fill, map_figure, outline_paths, points_per_metre
+from reports.cartography import PALETTE, add_scale, fill_outlines, map_figure, points_per_metre
 from reports.plots import shorten
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def plot_parts(
             label = f"{label}: {few}".replace("$", r"\$")  # which would begin a formula
         handles.append(Patch(facecolor=colour, label=label))
     figure, (panel,) = map_figure(bounds, [title], handles)
-    fill(panel, outline_paths(outlines), [colours[k] for k in part])
+    fill_outlines(panel, outlines, np.array(colours)[part])
     add_scale(panel, bounds)
     if groups is not None:
         panel.add_collection(

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -38,6 +37,8 @@ from tests.rasters import (
 
 # isort: split
 # After the packages are known to be there.
+from data.metadata import read_days
+from data.packing import open_store
 from preprocessing import prepare, statistics
 from preprocessing.images import extract, grids, layout, pixelsets, workers
 
@@ -197,6 +198,14 @@ def test_tiles_of_different_dates_give_dates_per_parcel(run, tmp_path):
     mean, _ = pickle.loads((folder / "normalisation_values.pkl").read_bytes())
     values = np.concatenate([v.transpose(1, 0, 2).reshape(3, -1) for v in data.values()], axis=1)
     np.testing.assert_allclose(mean, values[:, values[0] < 65535].mean(1), rtol=1e-6)
+    packed = run("--packed", output="packed")
+    store, days = open_store(packed), [read_days(each, [1, 2, 3]) for each in (folder, packed)]
+    for place, parcel in enumerate(store.ids):
+        np.testing.assert_array_equal(store.parcel(place).transpose(1, 2, 0), data[str(parcel)], strict=True)
+        np.testing.assert_array_equal(days[0][parcel], days[1][parcel])
+    expected, found = contents(folder), contents(packed)
+    changed = {name for name in found if expected.get(name) != found[name] and not name.startswith("PIXELS")}
+    assert changed <= {"META/parcels.gpkg"} and not (packed / "META" / "dates.json").exists()
 
 
 def test_parcels_at_the_border_of_two_utm_zones(run, tmp_path):
@@ -439,15 +448,17 @@ def test_one_run_at_a_time(images, run, tmp_path, capsys):
     assert "is being prepared already" in capsys.readouterr().err
 
 
-def test_killed_at_every_stage(tmp_path):
-    """Killed again and again, each time later; then the result is that of an undisturbed run."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_killed_at_every_stage(tmp_path, packed):
+    """Killed again and again, each time later; the result is that of an undisturbed run, and nothing else is left."""
     for day in DAYS:
         write_image(tmp_path / "images" / f"{day}.tif", random_values(int(day[5:7].strip("-"))))
     write_parcels(tmp_path / "parcels.gpkg", difficult_outlines(), crop=["wheat", "maize"] * 4)
     results = tmp_path / "results"
     results.mkdir()
     line = (
-        f"--images {tmp_path / 'images'} --parcels {tmp_path / 'parcels.gpkg'} --label_column crop --output "
+        f"--images {tmp_path / 'images'} --parcels {tmp_path / 'parcels.gpkg'} --label_column crop "
+        f"{'--packed ' if packed else ''}--output "
     )
 
     def main() -> None:
@@ -470,10 +481,9 @@ def test_killed_at_every_stage(tmp_path):
     output = results / "killed"
 
     def before() -> None:
-        """What a killed process had finished may not save the next one the work."""
+        """What has its final name is complete."""
         if output.exists():
             check()
-            shutil.rmtree(output)
 
     def check() -> None:
         expected, found = contents(tmp_path / "whole"), contents(output)
@@ -484,21 +494,32 @@ def test_killed_at_every_stage(tmp_path):
         )
 
     outlines = "META/parcels.gpkg"  # holds the time of its writing
-    killed = kill_at_every_stage(main, [*line.split(), str(output)], results, tmp_path / "log", before)
+
+    def same(stage: str) -> str:
+        """Of what both forms have in common, and the other one shows, a single stage is enough."""
+        return stage if not packed or "PIXELS" in stage else "another"
+
+    killed = kill_at_every_stage(
+        main, [*line.split(), str(output)], results, tmp_path / "log", before, same=same
+    )
     check()
     assert [path.name for path in results.iterdir()] == ["killed"]
     stages = [re.sub(r"\.killed-\w+", "work", stage) for stage in killed]
-    for date in (20170103, 20170214, 20170520):
+    for date in () if packed else (20170103, 20170214, 20170520):
         assert sum(stage.startswith(f"read block {date} ") for stage in stages) == 4
         assert {
             f"{step} work/0-{date}.{kind}" for step, kind in (("write", "part"), ("rename", "npy"))
         } <= set(stages)
     for name in contents(output):
-        assert any(
-            stage.startswith(("write", "rename")) and f"work/complete/{name}" in stage for stage in stages
-        ), name
-        assert any(stage.startswith("within work/complete/") for stage in stages), name
-    assert {"rename killed", "write .killed.lock"} <= set(stages)
+        if name.startswith("PIXELS") or not packed:
+            assert any(
+                stage.startswith(("write", "rename")) and f"work/complete/{name}" in stage for stage in stages
+            ), name
+    assert (output / "PIXELS").exists() == packed
+    if not packed:
+        assert any(stage.startswith("within work/complete/") for stage in stages)
+        reached = {"rename killed", "write .killed.lock", "remove .killed.lock anew", "rmdir work anew"}
+        assert reached <= set(stages)
 
 
 WRONG = {
@@ -688,12 +709,18 @@ def test_empty_outlines_can_be_skipped(images, run, tmp_path):
 
 
 @pytest.mark.skipif(not os.environ.get("SOAK"), reason="a benchmark of its own: make soak runs it")
-def test_the_benchmark_runs(tmp_path):
-    command, environment = [sys.executable, "-m", "benchmarks.prepare", "--quick"], {"TMPDIR": str(tmp_path)}
+@pytest.mark.parametrize(
+    "name, n_rows", [("prepare", 5), ("prepare --large", 4), ("million", 7), ("million --own", 7)]
+)
+def test_the_benchmark_runs(tmp_path, name, n_rows):
+    command, environment = (
+        [sys.executable, "-m", *f"benchmarks.{name} --quick".split()],
+        {"TMPDIR": str(tmp_path)},
+    )
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=PATIENCE
     )
     rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert done.returncode == 0 and len(rows) == 5, done.stderr
-    assert all(float(row[3]) >= 0 for row in rows[1:]) and float(rows[1][3]) > 0 and int(rows[1][5]) > 0
+    assert done.returncode == 0 and len(rows) == n_rows, done.stderr
+    assert all(float(row[3]) >= 0 for row in rows[1:]) and float(rows[1][-2]) > 0
     assert not list(tmp_path.iterdir())

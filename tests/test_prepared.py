@@ -11,12 +11,13 @@ from tests.rasters import LEFT, random_values, read_data, read_meta, square, wri
 
 from preprocessing import prepare  # isort: skip  # after the packages are known to be there
 from preprocessing.images import summary  # isort: skip
+from reports import cartography  # isort: skip
 
 
 @pytest.mark.parametrize("centres", [False, True])
 def test_table_file_and_picture(tmp_path: Path, monkeypatch, capsys, centres):
     if centres:
-        monkeypatch.setattr(summary, "_MOST_OUTLINES", 2)
+        monkeypatch.setattr(cartography, "MOST_OUTLINES", 2)
     drawn = []
     plot = summary.plot_prepared
     monkeypatch.setattr(summary, "plot_prepared", lambda *args: drawn.append(plot(*args)) or drawn[-1])

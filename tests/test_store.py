@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data import moments, packing
+from data import files, moments, packing
 from data import store as module
-from data.packing import Files, open_store
+from data.files import Files
+from data.packing import open_store
 from data.store import PixelStore
 from tests.folders import write_folder
 from tests.processes import contents, kill_at_every_stage, start, stop_when, wait, wait_until_stopped, watch
@@ -252,9 +253,9 @@ def test_packing_killed_at_every_stage_is_made_again(folder, tmp_path):
     assert packs(folder) == [path.name]  # and nothing beside it
     # Every file of DATA is read for its header, then for its values, while pixels.npy is written.
     reached = {f"read DATA/{parcel}.npy anew {time}" for parcel in IDS for time in (1, 2)}
-    reached |= {
-        f"{step} .PACKED-*/{name} 1" for step in ("write", "within") for name in ("pixels.npy", "index.npz")
-    }
+    # So few pixels reach the disk at the end, in one piece.
+    reached |= {f"{step} 1" for step in ("write .PACKED-*/pixels.npy", "write .PACKED-*/index.npz")}
+    reached |= {"within .PACKED-*/index.npz 1"}
     reached |= {"remove .PACKED-*/pixels.npy anew 1", "rmdir .PACKED-* anew 1"}  # what a killed process left
     reached |= {
         f"rename {path.name} 1",
@@ -294,14 +295,14 @@ def test_a_failed_packing_leaves_nothing(folder, monkeypatch):
     def interrupt(files: Files, i: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Files, "read", interrupt)
+    monkeypatch.setattr(Files, "parcel", interrupt)
     with pytest.raises(KeyboardInterrupt):
         open_store(folder)
     assert not packs(folder)
 
 
 def test_a_file_that_changes_while_it_is_packed_is_reported(folder, monkeypatch):
-    read = packing._read_header
+    read = files._read_header
 
     def replace(name: Path) -> tuple[tuple[int, int, int], np.dtype]:
         header = read(name)
@@ -309,7 +310,7 @@ def test_a_file_that_changes_while_it_is_packed_is_reported(folder, monkeypatch)
             np.save(name, np.ones((5, 4, 3)))
         return header
 
-    monkeypatch.setattr(packing, "_read_header", replace)
+    monkeypatch.setattr(files, "_read_header", replace)
     with pytest.raises(UserError, match=r"7\.npy changed or vanished"):
         open_store(folder)
     assert not packs(folder)

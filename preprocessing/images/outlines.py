@@ -17,6 +17,7 @@ from common.errors import UserError, as_user_error
 from data.outlines import JOINT
 
 GEOMFEAT = ["perimeter (m)", "area (m2)", "pixels / pixels of the bounding box", "perimeter / area (1/m)"]
+_POLYGONS = (3, 6)  # and multi-polygons, in shapely's numbers
 
 
 class Parcels(NamedTuple):
@@ -66,7 +67,11 @@ def read_parcels(
             f"{path} has no coordinate system; assign the one it was drawn in, such as by ogr2ogr -a_srs EPSG:4326."
         )
     names, ids = _ids(table, id_column, path)
-    outlines = GeoSeries([_areas(outline) for outline in table.geometry], crs=table.crs)
+    outlines = table.geometry.to_numpy().copy()
+    plain = np.isin(shapely.get_type_id(outlines), _POLYGONS) & ~shapely.has_z(outlines)
+    for i in np.flatnonzero(~(plain & shapely.is_valid(outlines) & ~shapely.is_empty(outlines))):
+        outlines[i] = _areas(outlines[i])
+    outlines = GeoSeries(outlines, crs=table.crs)
     parcels = GeoDataFrame({"id": ids, "label": None, "geometry": outlines}, crs=table.crs)
     if label_column:
         parcels["label"] = pandas.Series(_labels(table[label_column]), dtype=object)
@@ -151,7 +156,7 @@ def _ids(table: GeoDataFrame, column: str | None, path: str | Path) -> tuple[lis
             f"{path}: parcel {int(np.argmax(values.isna())) + 1} of the file has no id in column {column!r}; every "
             "parcel needs one. Without --id_column they are numbered."
         )
-    plain = [_plain(value) for value in values]
+    plain = values.tolist() if values.dtype.kind in "iu" else [_plain(value) for value in values]
     whole = all(isinstance(value, int) and 0 <= value < 2**63 for value in plain)
     if not whole:
         plain = [str(value) for value in plain]

@@ -1,5 +1,6 @@
-"""Cuts the pixels that were read into one file per parcel, and writes what stands beside them."""
+"""Cuts the pixels that were read into parcels, and writes what stands beside them."""
 
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -11,9 +12,10 @@ from geopandas import GeoDataFrame
 from pyogrio import write_dataframe
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import write_bytes, write_json
 from common.progress import progress_bar
 from data.moments import NORM, Moments, write_norm
+from data.packing import write_days, write_pixels
 from preprocessing.images.extract import Reading, is_missing, plane_path
 from preprocessing.images.grids import Grid
 from preprocessing.images.layout import Layout
@@ -105,8 +107,9 @@ def write_dataset(
     info: dict[str, Any],
     nomenclature: str | None,
     memory: int,
+    packed: bool,
 ) -> Report:
-    """Writes DATA, META and the statistics of a dataset folder.
+    """Writes pixels, META and the statistics of a dataset folder.
 
     Args:
         folder: made here.
@@ -116,9 +119,9 @@ def write_dataset(
         info: of META/info.json, completed here.
         nomenclature: name of the labels; None for none.
         memory: bytes that pixels may take.
+        packed: whether pixels are written to PIXELS, instead of DATA.
     """
-    for name in ("DATA", "META"):
-        (folder / name).mkdir(parents=True)
+    (folder / "META").mkdir(parents=True)
     ids = table["id"].to_numpy()
     dates = {}
     for layout in layouts:
@@ -127,7 +130,8 @@ def write_dataset(
     moments = Moments("date" if shared else "channel")
     sizes, geometry, left_out, totals = {}, {}, [], {}
     total = sum(int(layout.kept.sum()) for layout in layouts)
-    with progress_bar(None, "writing parcels", "parcels") as bar:
+    pixels = write_pixels(folder, packed, reading.dtype, info["nodata"])
+    with pixels as add, progress_bar(None, "writing parcels", "parcels") as bar:
         bar.total = total
         for g, layout in enumerate(layouts):
             outlines = to_metres(table.geometry.iloc[layout.parcels], layout.grid.crs)
@@ -153,16 +157,17 @@ def write_dataset(
                 counts[rows] += np.stack(
                     (np.full(len(values), missing.shape[1]), missing.sum(1), blank.sum(1)), axis=1
                 )
-                np.save(folder / "DATA" / f"{ids[parcel]}.npy", values)
+                add(ids[parcel], values)
                 sizes[ids[parcel]], geometry[ids[parcel]] = values.shape[2], described[i]
             for when, count in zip(layout.grid.dates, counts):
                 totals[when] = totals.get(when, 0) + count
-    if not sizes:
-        raise UserError(
-            "no image sees any parcel: all is missing or under clouds; check --nodata, --cloud_mask and --clear."
-        )
+        if not sizes:
+            raise UserError(
+                "no image sees any parcel: all is missing or under clouds; check --nodata, --cloud_mask and --clear."
+            )
     write_norm(folder / NORM, moments.result())
-    _write_meta(folder / "META", table, sizes, geometry, dates, layouts[0].grid.crs, info, nomenclature)
+    _write_dates(folder, {parcel: dates[parcel] for parcel in sorted(sizes)}, packed)
+    _write_meta(folder / "META", table, sizes, geometry, layouts[0].grid.crs, info, nomenclature)
     n_dates = {len(dates[parcel]) for parcel in sizes}
     spread = f"{min(n_dates)}" if len(n_dates) == 1 else f"{min(n_dates)} to {max(n_dates)}"
     summary = (
@@ -190,12 +195,29 @@ def _cut(layout: Layout, grid: int, folder: Path, memory: int) -> Iterator[tuple
         start = stop
 
 
+def _write_dates(folder: Path, dates: dict[int, tuple[When, ...]], packed: bool) -> None:
+    """Writes the dates of the parcels, in the order of ids: once if they are the same, else those of each."""
+    path = folder / "META" / "dates.json"
+    numbers = {whens: [date for date, _ in whens] for whens in set(dates.values())}
+    if len(set(map(tuple, numbers.values()))) == 1:
+        write_json(path, {str(t): date for t, date in enumerate(min(numbers.values()))})
+    elif packed:
+        arrays = {whens: np.array(own, np.int32) for whens, own in numbers.items()}
+        write_days(folder, [arrays[whens] for whens in dates.values()])
+    else:
+        _write_by_parcel(path, {int(parcel): numbers[whens] for parcel, whens in dates.items()})
+
+
+def _write_by_parcel(path: Path, values: dict[Any, Any]) -> None:
+    """Writes JSON of many parcels, in one line: indenting takes many times as long, and much memory."""
+    write_bytes(path, (json.dumps(values) + "\n").encode())
+
+
 def _write_meta(
     meta: Path,
     table: GeoDataFrame,
     sizes: dict[int, int],
     geometry: dict[int, list[float]],
-    dates: dict[int, tuple[When, ...]],
     crs: Any,
     info: dict[str, Any],
     nomenclature: str | None,
@@ -204,14 +226,10 @@ def _write_meta(
     rows = table[table["id"].isin(sizes)].sort_values("id")
     keys = [str(parcel) for parcel in rows["id"]]
     outlines = rows.to_crs(crs)
-    write_json(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
-    write_json(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
-    per_parcel = {key: [date for date, _ in dates[int(key)]] for key in keys}
-    if len(set(map(tuple, per_parcel.values()))) == 1:
-        per_parcel = {str(t): date for t, date in enumerate(per_parcel[keys[0]])}
-    write_json(meta / "dates.json", per_parcel)
+    _write_by_parcel(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
+    _write_by_parcel(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
     if nomenclature:
-        write_json(meta / "labels.json", {nomenclature: dict(zip(keys, rows["label"]))})
+        _write_by_parcel(meta / "labels.json", {nomenclature: dict(zip(keys, rows["label"]))})
     else:
         outlines = outlines.drop(columns="label")
     write_json(meta / "info.json", info | {"crs": name_crs(crs), "geomfeat": GEOMFEAT})

@@ -15,9 +15,8 @@ from shapely.geometry import box
 from data.outlines import to_ground
 from preprocessing.images.grids import Grid
 from preprocessing.images.outlines import name_crs
-from reports.cartography import PALETTE, add_scale, fill, frame_panel, outline_paths
+from reports.cartography import PALETTE, add_scale, fill_outlines, frame_panel
 
-_MOST_OUTLINES = 20_000  # that are drawn; of more, the centres
 _BLANK = 0.01  # share of zeros that is worth a word
 
 
@@ -113,11 +112,7 @@ def plot_prepared(
             edges = GeoSeries([box(left, bottom, right, top)], crs=grid.crs).to_crs(outlines.crs)
             panel.plot(*edges.iloc[0].exterior.xy, color="grey", linewidth=0.8)
     colours = np.where(kept, PALETTE[2], PALETTE[1])
-    if len(outlines) > _MOST_OUTLINES:
-        centres = outlines.geometry.centroid.get_coordinates().to_numpy()
-        panel.scatter(*centres.T, s=0.5, c=colours, linewidths=0)
-    else:
-        fill(panel, outline_paths(outlines.geometry), colours.tolist())
+    fill_outlines(panel, outlines.geometry, colours)
     panel.set_title("parcels, and edges of the images (grey)")
     handles = [
         Patch(facecolor=colour, label=f"{name} ({n:,})")
