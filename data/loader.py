@@ -82,7 +82,9 @@ def check_batch(dataset: Dataset, batch_size: int) -> None:
         UserError: if the pixels, and what is computed of them at once, are larger.
     """
     n_numbers = min(batch_size, len(dataset)) * dataset.n_dates * dataset.n_channels * dataset.npixel
-    needed = 4 * n_numbers * 4  # pixels as they are read and prepared, and what the first layers keep: float32
+    needed = (
+        4 * n_numbers * 4
+    )  # pixels as they are read and prepared, and what the first layers keep: float32
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise UserError(

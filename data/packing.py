@@ -179,7 +179,7 @@ def _pack(
 
 @contextmanager
 def write_pixels(folder: Path, packed: bool, dtype: np.dtype, nodata: float | None) -> Iterator[Add]:
-    """Writes the pixels of a new dataset folder; what is given adds a parcel, id and pixels (L, C, S), in any order.
+    """Writes the pixels of a new dataset folder; what is given adds a parcel, id and pixels (L, C, S) or (L, C), in any order.
 
     Args:
         folder: the dataset folder.
@@ -206,6 +206,7 @@ def _write_store(folder: Path, dtype: np.dtype, nodata: float | None) -> Iterato
 
         def add(parcel: int, values: np.ndarray, name: Path | None = None) -> None:
             nonlocal n_channels, n
+            values = np.atleast_3d(values)
             n_dates, n_channels, size = values.shape
             present = presence(name or Path(f"parcel {parcel}"), values, nodata)
             rows.extend((parcel, size, n_dates, n, *present))

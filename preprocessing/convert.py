@@ -10,6 +10,7 @@ import inspect
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.progress import progress_bar
 from data.metadata import check_norm
 from data.missing import find_missing
 from data.moments import NORM, write_norm
+from data.packing import write_days, write_pixels
 from preprocessing.formats import breizhcrops, cawa, eurocropsml, pastis, sits, timematch, ucr
 from preprocessing.formats.source import Source
 from preprocessing.split import FOLDS, deal
@@ -60,13 +62,14 @@ def open_source(name: str, path: Path, options: dict[str, Any]) -> Source:
     return source
 
 
-def convert(source: Source, out: Path, about: dict[str, Any]) -> list[str]:
+def convert(source: Source, out: Path, about: dict[str, Any], packed: bool = False) -> list[str]:
     """Writes a dataset folder, whole or not at all.
 
     Args:
         source: the dataset.
         out: the folder, new or empty.
         about: written to META/info.json beside what is known of the pixels.
+        packed: whether pixels are written to PIXELS, instead of DATA.
 
     Returns:
         Lines that say what was made and what was assumed.
@@ -79,7 +82,7 @@ def convert(source: Source, out: Path, about: dict[str, Any]) -> list[str]:
     norm = source.norm and check_norm(source.norm, (None, len(source.bands)), "the official normalisation")
     unwritable = as_user_error(OSError, prefix=f"the dataset cannot be written to {out}: ")
     with unwritable, write_folder(out) as work:
-        days, count = _write_pixels(source, ids, work / "DATA")
+        days, count = _write_pixels(source, ids, work, packed)
         kept = [i for i, parcel in enumerate(ids) if parcel in days]
         assumed = list(source.assumed)
         if count["partly"]:
@@ -95,13 +98,15 @@ def convert(source: Source, out: Path, about: dict[str, Any]) -> list[str]:
         contents = {
             "labels": labels,
             "classes": {name: listed for name, listed in source.classes.items() if listed},
-            "dates": dict(enumerate(days[ids[kept[0]]])) if shared else days,
+            "dates": dict(enumerate(days[ids[kept[0]]])) if shared else None if packed else days,
             "info": about | facts,
             "geomfeat": by_id(source.extra) if source.extra else None,
             "groups": by_id(source.groups) if source.groups else None,
             "own_ids": by_id(source.names) if numbered else None,
             "folds": make_folds(source, ids, kept),
         }
+        if packed and not shared:
+            write_days(work, [days[parcel] for parcel in sorted(days)])
         (work / "META").mkdir()
         for name, content in contents.items():
             if content:
@@ -131,22 +136,29 @@ def convert(source: Source, out: Path, about: dict[str, Any]) -> list[str]:
     ]
 
 
-def _write_pixels(source: Source, ids: list[int], folder: Path) -> tuple[dict[int, list[int]], Counter[str]]:
-    """Writes a file for every parcel that has a date; returns their days by id, and counts of observations."""
-    days, every_day, count = {}, {}, Counter()
-    folder.mkdir()
-    for i in progress_bar(range(len(ids)), "converting", "parcels"):
-        pixels, own = _read(source, i)
-        if not len(own):
-            continue
-        count["partly"] += _complete_missing(pixels)
-        missing = find_missing(np.moveaxis(pixels, 1, -1), source.nodata)
-        count["missing"] += 0 if missing is None else int(missing.sum())
-        count["all"] += pixels.size // pixels.shape[1]
-        np.save(folder / f"{ids[i]}.npy", pixels)
-        days[ids[i]] = [
-            every_day.setdefault(day, day) for day in own
-        ]  # one object for each of few different days
+def _write_pixels(
+    source: Source, ids: list[int], folder: Path, packed: bool
+) -> tuple[dict[int, list[int]], Counter[str]]:
+    """Writes the pixels of every parcel that has a date; returns their days by id, and counts of observations."""
+    days, every_day, count, dtype = {}, {}, Counter(), None
+    with ExitStack() as stack:
+        for i in progress_bar(range(len(ids)), "converting", "parcels"):
+            pixels, own = _read(source, i)
+            if not len(own):
+                continue
+            if dtype is None:
+                dtype = pixels.dtype
+                add = stack.enter_context(write_pixels(folder, packed, dtype, source.nodata))
+            if packed and pixels.dtype != dtype:
+                raise UserError(
+                    f"parcel {source.names[i]} has numbers of type {pixels.dtype}, others of {dtype}; leave --packed out."
+                )
+            count["partly"] += _complete_missing(pixels)
+            missing = find_missing(np.moveaxis(pixels, 1, -1), source.nodata)
+            count["missing"] += 0 if missing is None else int(missing.sum())
+            count["all"] += pixels.size // pixels.shape[1]
+            add(ids[i], pixels)
+            days[ids[i]] = [every_day.setdefault(day, day) for day in own]  # an object for each of few days
     if not count["all"]:
         raise UserError("no parcel has a pixel on any date; nothing can be learned from such a dataset.")
     return days, count
@@ -230,11 +242,14 @@ def main() -> None:
     mapping = "timematch: <country>_class_mapping.yml of the authors' code, or the folder of these files"
     add("--class_mapping", metavar="PATH", type=Path, help=mapping)
     add("--split", metavar="FILE", type=Path, help="eurocropsml: an official split, JSON")
+    packed = "write one file of all pixels, PIXELS, instead of one per parcel; needed for millions of parcels"
+    add("--packed", action="store_true", help=packed)
     args = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     name, path, out = args.pop("format"), args.pop("source"), args.pop("out").resolve()
+    packed = args.pop("packed")
     check_new(out)
     source = open_source(name, path, args)
-    print(*convert(source, out, {"format": name}), sep="\n")
+    print(*convert(source, out, {"format": name}, packed), sep="\n")
 
 
 if __name__ == "__main__":

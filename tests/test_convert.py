@@ -323,4 +323,9 @@ def test_a_converted_folder_trains_and_predicts(
     results = run_train(folder, tmp_path / "results", options, monkeypatch)
     output = run_inference(folder, results, tmp_path / "predicted", "", monkeypatch)
     table = (output / "predictions.csv").read_text()
+    source, options = tmp_path / "preprocess" / "S2" / "2021", f"--split {tmp_path / 'split.json'} --packed"
+    packed = run("eurocropsml", source, options, "packed")
+    assert not (packed / "DATA").exists() and (packed / "PIXELS").exists()
+    again = run_inference(packed, results, tmp_path / "again", "", monkeypatch)
+    assert (again / "predictions.csv").read_text() == table
     assert "EE001_77_3301010101" in table and "PT11A_78_3302000000" in table
