@@ -128,8 +128,7 @@ def train_first_fold(
     criterion, averaged, best = LOSSES[training.loss](training.gamma), AveragedModel(model), (-1.0, {})
     fixed, n = dataset.evaluation(seed), evaluation_batch(CPU, training.batch_size)
     val, test = (
-        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers, False)
-        for part in split[1:]
+        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers) for part in split[1:]
     )
     for epoch in progress_bar(range(1, training.epochs + 1), name, "epochs"):
         set_seeds(stream_key("dropout", seed, 1, epoch, rank()) % 2**63)
@@ -139,7 +138,7 @@ def train_first_fold(
             split[0], training.batch_size, stream_key("order", seed, 1, epoch), drop_single=True
         )
         draws = dataset.epoch_draws(seed, 1, epoch)
-        loader = batch_loader(draws, RankBatches(order, divide=True), workers, False)
+        loader = batch_loader(draws, RankBatches(order, divide=True), workers)
         train_epoch(model, optimizer, criterion, loader, CPU, n_classes, name="")
         score = evaluation(model, criterion, val, CPU, n_classes, name="")[0]["val_IoU"]
         if score >= best[0]:
