@@ -153,7 +153,7 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
 
 
 def test_baselines_that_the_table_names(clone: Path) -> None:
-    assert "`python -m benchmarks.baselines`" in README
+    assert "`python -m benchmarks.baselines --seeds 3`" in README
     options = "--dataset_folder path/to/dataset --kfold 3 --trees 3 --only forest"
     output = run(["-m", "benchmarks.baselines", *shlex.split(options)], clone)
     assert re.search(r"accuracy \d+\.\d %, mIoU 0\.\d+", output)
