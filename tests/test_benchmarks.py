@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import measure, random_forest
+from benchmarks import measure
 from benchmarks.__main__ import DATASETS, print_row
 from benchmarks.cases import DEFAULT, LARGEST, Cases, Setting, write_folder
 from common.machine import map_tensors
 from data.settings import DataSettings
-from tests.commands import run_command
 
 NPIXEL = 8  # parcels have up to twice as many
 WHOLE = DataSettings(npixel=2 * NPIXEL)  # no parcel is sampled
@@ -174,14 +173,6 @@ def test_peak_memory_is_what_a_case_needs_for_a_moment(measured) -> None:
     assert 0.9 * size < needed < 1.5 * size  # the kernel counts pages in batches
     assert measure.peak_memory(measured(lambda: None), "run") < size / 4
     assert measure.read_memory("VmRSS", 2**30) == 0  # no such process
-
-
-def test_a_forest_needs_dates_that_parcels_share(
-    folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        run_command(random_forest.main, f"--dataset_folder {folders[2]}", monkeypatch)
-    assert stop.value.code == 2 and folders[2] in capsys.readouterr().err
 
 
 def test_ratios_are_how_many_times_as_long_the_others_take(capsys: pytest.CaptureFixture) -> None:

@@ -244,7 +244,9 @@ def test_sentinel_agri_is_told(row: dict, config: dict, expected: bool) -> None:
 def test_picture(with_published: bool) -> None:
     rows = [
         agri_row(),
-        agri_row(configuration="LTAE/34k", parameters_temporal=33_920, mIoU=0.6, mIoU_mean=0.62, folds_tested=2),
+        agri_row(
+            configuration="LTAE/34k", parameters_temporal=33_920, mIoU=0.6, mIoU_mean=0.62, folds_tested=2
+        ),
     ]
     axis = plot_comparison(rows, "what the runs are", with_published).axes[0]
     assert [text.get_text() for text in axis.texts] == ["what the runs are"]
@@ -265,7 +267,9 @@ def test_picture(with_published: bool) -> None:
 def test_one_configuration_alone_has_an_error_bar() -> None:
     axis = plot_comparison([agri_row(mIoU_std=0.02)], "", False).axes[0]
     bar = next(each for each in axis.collections if isinstance(each, LineCollection))
-    np.testing.assert_allclose(bar.get_segments()[0], [[8832, 50], [8832, 54]])  # around the mean of folds, 52
+    np.testing.assert_allclose(
+        bar.get_segments()[0], [[8832, 50], [8832, 54]]
+    )  # around the mean of folds, 52
 
 
 def test_texts_of_the_picture_fit() -> None:

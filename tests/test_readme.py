@@ -152,11 +152,11 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
                 )
 
 
-def test_random_forest_that_the_table_names(clone: Path) -> None:
-    assert "`python -m benchmarks.random_forest`" in README
-    options = "--dataset_folder path/to/dataset --kfold 3 --trees 3"
-    output = run(["-m", "benchmarks.random_forest", *shlex.split(options)], clone)
-    assert re.search(r"accuracy \d+\.\d%, mIoU 0\.\d+", output)
+def test_baselines_that_the_table_names(clone: Path) -> None:
+    assert "`python -m benchmarks.baselines --seeds 3`" in README
+    options = "--dataset_folder path/to/dataset --kfold 3 --trees 3 --only forest"
+    output = run(["-m", "benchmarks.baselines", *shlex.split(options)], clone)
+    assert re.search(r"accuracy \d+\.\d %, mIoU 0\.\d+", output)
 
 
 def test_python_examples_run_on_the_trained_weights(clone: Path) -> None:

@@ -1,0 +1,226 @@
+"""What changes of the paper's recipe gain: L-TAE, first fold, paired seeds, chosen on validation, reported on test.
+
+python -m benchmarks.what_helps --dataset_folder D --epochs 40 --res_file gains.json
+
+For each seed every recipe gets the same folds, first weights and order of parcels. The table has its gain over the
+paper's recipe, as mean and standard error over seeds. The same command goes on where it was stopped. Flags on data are
+those of train.py. None of these changes is in the library: they are put in its tables here, as docs/extending.md shows.
+"""
+
+import common  # isort: skip  # noqa: F401  # before torch, see there
+
+import argparse
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, dropout
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from common.errors import run_cli
+from common.files import read_json, write_json
+from common.flags import Parser, natural, positive
+from common.machine import count_workers, keep_freed_memory, set_seeds
+from common.processes import rank
+from common.progress import progress_bar
+from data.draws import stream_key
+from data.folds import Split, fold_splits, read_folds
+from data.samplers import BatchSampler, RankBatches, evaluation_batch
+from dataset import PixelSetData, batch_loader
+from learning.crossvalidation import new_model
+from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
+from learning.focal_loss import LOSSES, FocalLoss
+from learning.options import add_data_options, resolve_architecture, resolve_data
+from learning.run import Run, Training
+from models.architecture import DataShape
+from preprocessing.simulate import embedded_dataset
+
+# By name, what differs from the paper's recipe: entries of `Training`, pooling, and the share of the pixel-set
+# encoder's output that is dropped.
+TRAININGS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "decay": {"optimizer": "adamw"},
+    "cosine": {"schedule": "cosine"},
+    "smoothing": {"loss": "smoothed"},
+    "class weights": {"loss": "weighted"},
+    "dropout": {"dropout": 0.1},
+    "mean": {"pooling": "mean"},
+}
+# Lines of the table: a training, and which of its weights are tested.
+ROWS = {
+    "the paper's recipe": ("paper", "best"),
+    "last instead of best epoch": ("paper", "last"),
+    "mean of the weights of the last quarter of the epochs": ("paper", "averaged"),
+    "weight decay (AdamW, 0.1)": ("decay", "best"),
+    "cosine schedule": ("cosine", "best"),
+    "cosine schedule, last epoch": ("cosine", "last"),
+    "label smoothing 0.1": ("smoothing", "best"),
+    "class weights, one over root of frequency": ("class weights", "best"),
+    "dropout 0.1 after the pixel-set encoder": ("dropout", "best"),
+    "--pooling mean": ("mean", "best"),
+}
+PAPER = next(iter(ROWS))
+CPU = torch.device("cpu")
+
+Scores = dict[str, tuple[float, float]]  # accuracy in percent and mIoU in 0..1, by which weights are tested
+
+
+class SmoothedFocalLoss(FocalLoss):
+    """The focal loss against 0.9 for the true class and 0.1 shared out among all."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """As that of `FocalLoss`, of logits (B, K)."""
+        p = (-cross_entropy(input.detach(), target, reduction="none")).exp()
+        return (
+            (1 - p) ** self.gamma * cross_entropy(input, target, reduction="none", label_smoothing=0.1)
+        ).mean()
+
+
+def class_weights(targets: np.ndarray, n_classes: int) -> Tensor:
+    """One over the root of the number of parcels of each class, (K,), scaled to a mean of 1 over the parcels."""
+    counts = np.bincount(targets, minlength=n_classes)
+    weights = 1 / np.sqrt(np.maximum(counts, 1))
+    return torch.from_numpy(weights * counts.sum() / (weights * counts).sum()).float()
+
+
+def register(targets: np.ndarray, n_classes: int) -> None:
+    """Puts what `TRAININGS` names in the tables; `targets` are the classes of the training parcels, (N,)."""
+    weights = class_weights(targets, n_classes)
+    LOSSES["smoothed"] = SmoothedFocalLoss
+    LOSSES["weighted"] = lambda gamma: FocalLoss(gamma, weights)
+    OPTIMIZERS["adamw"] = lambda parameters, lr: torch.optim.AdamW(
+        parameters, lr, weight_decay=0.1, fused=True
+    )
+    SCHEDULES["cosine"] = lambda epoch, epochs: (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
+def drop_in_pse(model: nn.Module, share: float) -> None:
+    """Drops a share of what the pixel-set encoder gives, in training."""
+    model.spatial_encoder.register_forward_hook(
+        lambda module, _, output: dropout(output, share, module.training)
+    )
+
+
+def train_first_fold(
+    dataset: PixelSetData, split: Split, run: Run, dropped: float, workers: int, name: str
+) -> Scores:
+    """Trains as `learning.crossvalidation.train_fold` does, and tests the best, the last and the averaged weights.
+
+    Args:
+        dataset: normalised.
+        split: indices of training, validation and test parcels.
+        run: settings.
+        dropped: see `drop_in_pse`.
+        workers: loading processes.
+        name: what the progress bar says.
+    """
+    training, seed, n_classes = run.training, run.data.seed, run.architecture.n_classes
+    model = new_model(run, 1, CPU)
+    if dropped:
+        drop_in_pse(model, dropped)
+    optimizer = OPTIMIZERS[training.optimizer](model.parameters(), training.lr)
+    criterion, averaged, best = LOSSES[training.loss](training.gamma), AveragedModel(model), (-1.0, {})
+    fixed, n = dataset.evaluation(seed), evaluation_batch(CPU, training.batch_size)
+    val, test = (
+        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers) for part in split[1:]
+    )
+    for epoch in progress_bar(range(1, training.epochs + 1), name, "epochs"):
+        set_seeds(stream_key("dropout", seed, 1, epoch, rank()) % 2**63)
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr * SCHEDULES[training.schedule](epoch, training.epochs)
+        order = BatchSampler(
+            split[0], training.batch_size, stream_key("order", seed, 1, epoch), drop_single=True
+        )
+        draws = dataset.epoch_draws(seed, 1, epoch)
+        loader = batch_loader(draws, RankBatches(order, divide=True), workers)
+        train_epoch(model, optimizer, criterion, loader, CPU, n_classes, name="")
+        score = evaluation(model, criterion, val, CPU, n_classes, name="")[0]["val_IoU"]
+        if score >= best[0]:
+            best = score, copy.deepcopy(model.state_dict())
+        if epoch > 0.75 * training.epochs:
+            averaged.update_parameters(model)
+
+    def tested(model: nn.Module) -> tuple[float, float]:
+        found = evaluation(model, criterion, test, CPU, n_classes, "test", name="")[0]
+        return found["test_accuracy"], found["test_IoU"]
+
+    last = tested(model)
+    update_bn(loader, averaged)
+    model.load_state_dict(best[1])
+    return {"best": tested(model), "last": last, "averaged": tested(averaged)}
+
+
+def make_run(args: argparse.Namespace, seed: int, changes: dict[str, Any]) -> tuple[PixelSetData, Run]:
+    """The dataset and the settings of a training that differs in some of `TRAININGS`."""
+    args = argparse.Namespace(**vars(args) | {"rdm_seed": seed})
+    dataset, settings, _ = resolve_data(args, Path(args.dataset_folder or embedded_dataset()))
+    sizes = {name: value for name, value in changes.items() if name == "pooling"}
+    architecture = resolve_architecture(sizes, {}, DataShape.of(dataset, len(settings.classes)))
+    known = {field.name for field in fields(Training)}
+    training = Training.from_config({k: v for k, v in (vars(args) | changes).items() if k in known})
+    return dataset, Run(Path(), settings, architecture, training)
+
+
+def format_table(results: dict[str, dict[str, Scores]]) -> str:
+    """The table of the scores by seed and training, in Markdown; a line has the seeds that its training has."""
+    lines = ["| | seeds | accuracy | mIoU |", "|---|---:|---:|---:|"]
+    for row, (name, weights) in ROWS.items():
+        seeds = [seed for seed, found in results.items() if {name, "paper"} <= found.keys()]
+        scores = np.array([results[seed][name][weights] for seed in seeds]).reshape(-1, 2)
+        if row != PAPER:
+            scores = scores - np.array([results[seed]["paper"]["best"] for seed in seeds]).reshape(-1, 2)
+        if not seeds:
+            continue
+        error = scores.std(0, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else (math.nan,) * 2
+        sign = "" if row == PAPER else "+"
+        cells = (
+            f"{mean:{sign}.{digits}f} +- {e:.{digits}f}"
+            for mean, e, digits in zip(scores.mean(0), error, (2, 4))
+        )
+        lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Trains what the file of results lacks, then prints the table."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_data_options(parser)
+    parser.add_argument("--res_file", default="what_helps.json", help="file of the scores, which is taken up")
+    parser.add_argument("--seeds", type=positive, default=5, help="trainings of each kind")
+    parser.add_argument("--rdm_seed", type=natural, default=1, help="first seed")
+    parser.add_argument("--epochs", type=positive, default=Training.epochs, help="of a training")
+    parser.add_argument("--kfold", type=positive, default=Training.kfold, help="number of random folds")
+    parser.add_argument("--folds", help="file of folds instead, as in train.py")
+    parser.add_argument("--only", nargs="+", choices=list(TRAININGS), default=list(TRAININGS), metavar="NAME",
+                        help=f"trainings, of {', '.join(TRAININGS)}")  # fmt: skip
+    parser.set_defaults(
+        npixel=None, batch_size=Training.batch_size, varying_dates=False, season_start=None,
+        temporal_dropout=0.0, temporal_shift=0,
+    )  # fmt: skip
+    args = parser.parse_args(words)
+    keep_freed_memory()
+    workers, file = count_workers(args.num_workers), Path(args.res_file)
+    results = read_json(file, "scores that this command wrote") if file.exists() else {}
+    for seed in range(args.rdm_seed, args.rdm_seed + args.seeds):
+        found = results.setdefault(str(seed), {})
+        for name in (name for name in args.only if name not in found):
+            dataset, run = make_run(args, seed, TRAININGS[name])
+            if args.folds:
+                split = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), seed)[0]
+            else:
+                split = fold_splits(len(dataset), args.kfold, seed)[0]
+            register(dataset.target[split[0]], run.architecture.n_classes)
+            dropped = TRAININGS[name].get("dropout", 0.0)
+            found[name] = train_first_fold(dataset, split, run, dropped, workers, f"{name}, seed {seed}")
+            write_json(file, results)
+    print(format_table(results))
+
+
+if __name__ == "__main__":
+    run_cli(main)
