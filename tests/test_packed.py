@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from benchmarks import random_forest
+from benchmarks import baselines
 from common.errors import UserError
 from data.metadata import read_days
 from data.packing import check_folder, list_parcels, open_store, write_days, write_pixels
@@ -109,7 +109,9 @@ def test_statistics_and_the_forest_say_the_same(
             pack(folder)
         run_command(statistics.main, f"{folder} --overwrite", monkeypatch)
         if not own:
-            run_command(random_forest.main, f"--dataset_folder {folder} --kfold 3 --trees 2", monkeypatch)
+            run_command(
+                baselines.main, f"--dataset_folder {folder} --kfold 3 --trees 2 --only forest", monkeypatch
+            )
         found.append(([path.read_bytes() for path in files], capsys.readouterr().out))
     assert found[0] == found[1]
 
