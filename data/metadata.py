@@ -3,23 +3,18 @@
 import csv
 import io
 import re
-from collections.abc import Iterable
-from contextlib import suppress
-from datetime import date, datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.arrays import load_arrays
-from common.errors import UserError, as_user_error
+from common.errors import UserError
 from common.files import read_json
 
 Arrays = tuple[np.ndarray, np.ndarray]
 PIXELS, DAYS = "PIXELS", "days.npy"  # the packed pixels of a folder without DATA, and dates by parcel there
 _LABELS = "{nomenclature: {parcel id: label}}"
-_DATES = '{"0": YYYYMMDD, "1": YYYYMMDD, ...}, or {parcel id: [date, ...]}'
 _INFO = '{"nodata": number or null, "bands": [names], ...}'
 
 
@@ -136,109 +131,6 @@ def read_column(flag: str, path: str | Path, id_column: str, column_flag: str, c
     if not values:
         raise UserError(f"{flag} {path} has nothing in column {column!r}; name another with {column_flag}.")
     return values
-
-
-def read_days(folder: Path, parcels: Iterable[int]) -> np.ndarray | dict[int, np.ndarray]:
-    """Days of META/dates.json, counted from year 1: one array shared by all, (L,), or one for each of the parcels.
-
-    Without that file, days of PIXELS/days.npy.
-    """
-    path = folder / "META" / "dates.json"
-    if not path.exists() and (folder / PIXELS / DAYS).exists():
-        return _read_packed_days(folder / PIXELS, parcels)
-    dates = read_json(path, _DATES)
-    if not isinstance(dates, dict) or not dates:
-        raise UserError(f"{path} is something else; expected {_DATES}.")
-    if not any(isinstance(value, list) for value in dates.values()):
-        if set(dates) != {str(i) for i in range(len(dates))}:
-            raise UserError(f"{path} is something else; expected {_DATES}.")
-        return np.array([_to_day(dates[str(i)], f"{path}: date {i}") for i in range(len(dates))])
-    days = {}
-    for parcel in parcels:
-        own = dates.get(str(parcel))
-        if not isinstance(own, list):
-            raise UserError(
-                f"{path} has no list of dates for parcel {parcel}; expected one date for each row of its array."
-            )
-        days[parcel] = np.array(
-            [_to_day(value, f"{path}: date {i} of parcel {parcel}") for i, value in enumerate(own)], np.int64
-        )
-    return days
-
-
-def _read_packed_days(folder: Path, parcels: Iterable[int]) -> dict[int, np.ndarray]:
-    """Days of days.npy, the dates (YYYYMMDD) of all parcels in the order of their ids, one after the other."""
-    path = folder / DAYS
-    with as_user_error(Exception, prefix=f"{path} is damaged; copy it again: "):
-        dates = np.load(path, allow_pickle=False)
-        with np.load(folder / "index.npz", allow_pickle=False) as index:
-            ids, counts = index["ids"], index["dates"]
-        if dates.dtype.kind != "i" or dates.shape != (counts.sum(),):
-            raise ValueError(f"it does not hold {counts.sum()} dates")
-        first = int(dates.min())
-        found = np.unique(dates)
-        days = np.zeros(int(found[-1]) - first + 1, np.int32)
-        days[found - first] = [_to_day(int(date), f"{path}: a date") for date in found]
-        days, parcels = days[dates - first], list(parcels)
-        places, ends = np.searchsorted(ids, parcels), np.cumsum(counts)
-        begin = (ends - counts)[places].tolist()
-    return {parcel: days[a:b] for parcel, a, b in zip(parcels, begin, ends[places].tolist())}
-
-
-def _to_day(value: Any, where: str) -> int:
-    """The day, counted from year 1, of YYYYMMDD (a number or text) or YYYY-MM-DD."""
-    day = None if isinstance(value, bool | float) else _parse_day(str(value))
-    if day is None:
-        raise UserError(f"{where} is {value!r}; expected a day as YYYYMMDD or YYYY-MM-DD, such as 20170131.")
-    return day
-
-
-@lru_cache(2**16)  # a country's parcels have millions of dates, on few different days
-def _parse_day(text: str) -> int | None:
-    for length, form in ((8, "%Y%m%d"), (10, "%Y-%m-%d")):
-        if len(text) == length:
-            with suppress(ValueError):
-                return datetime.strptime(text, form).toordinal()
-    return None
-
-
-def season_start_before(day: int, month_day: tuple[int, int]) -> int:
-    """The last start of a season, (month, day), that is not after a day; days are counted from year 1."""
-    first = date.fromordinal(day)
-    start = date(first.year, *month_day)
-    return (start if start <= first else date(first.year - 1, *month_day)).toordinal()
-
-
-def find_used(
-    days: np.ndarray | dict[int, np.ndarray], season_start: tuple[int, int] | None, until: str
-) -> np.ndarray | dict[int, np.ndarray]:
-    """Which dates are used where a season is followed up to a day alone, in the form of `read_days`.
-
-    Args:
-        days: as `read_days` gives them.
-        season_start: (month, day) that a season starts with; None for the first date of any parcel.
-        until: the last day, YYYYMMDD; or MM-DD, for the first such day from the start of a parcel's season on.
-
-    Raises:
-        UserError: if no date is used.
-    """
-    shared = isinstance(days, np.ndarray)
-    first = min(int(own.min()) for own in ([days] if shared else days.values()))
-
-    def use(own: np.ndarray) -> np.ndarray:
-        if "-" not in until:
-            return own <= _to_day(until, "the last day")
-        start = first if season_start is None else season_start_before(int(own.min()), season_start)
-        day = tuple(map(int, until.split("-")))
-        return own <= season_start_before(
-            season_start_before(start - 1, day) + 366, day
-        )  # the next one after
-
-    used = use(days) if shared else {parcel: use(own) for parcel, own in days.items()}
-    if not any(own.any() for own in ([used] if shared else used.values())):
-        begin = date.fromordinal(first).strftime("%Y%m%d")
-        raise UserError(f"--until {until} leaves no date, since the first one is {begin}; give a later day.")
-    return used
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def open_store(
     cache_dir: str | Path | None = None,
     in_memory: bool = False,
     nodata: float | None = None,
-    n_dates: int | Mapping[int, int] | None = None,
+    n_dates: int | np.ndarray | None = None,
 ) -> PixelStore:
     """Opens the store of a dataset folder, packing DATA first if there is none or files have changed.
 
@@ -44,7 +44,7 @@ def open_store(
         cache_dir: where to keep the store; beside DATA if not given.
         in_memory: whether to read all pixels into memory.
         nodata: value that, in all channels of a pixel, says that it is missing on a date, as NaN does.
-        n_dates: dates that each parcel must have, for all or by id; None to ask for no number.
+        n_dates: dates that each parcel must have, for all or, (N,), in the order of ids; None to ask for no number.
 
     Raises:
         UserError: if the folder or one of its files is not as expected, or the store cannot be written.
@@ -77,7 +77,7 @@ def _packed_copy(
     folder: Path,
     cache_dir: str | Path | None,
     nodata: float | None,
-    n_dates: int | Mapping[int, int] | None,
+    n_dates: int | np.ndarray | None,
 ) -> Path:
     """The store of the files of DATA as they are now, made if it is not there."""
     files = list_files(folder)
@@ -148,7 +148,7 @@ def _fingerprint(files: dict[int, os.stat_result]) -> str:
 
 
 def _pack(
-    folder: Path, ids: list[int], path: Path, nodata: float | None, n_dates: int | Mapping[int, int] | None
+    folder: Path, ids: list[int], path: Path, nodata: float | None, n_dates: int | np.ndarray | None
 ) -> None:
     """Checks every file and writes the store under a temporary name, renamed once complete."""
     for leftover in path.parent.glob(".PACKED-*"):  # of a packing that was killed; nobody else packs here now
@@ -233,15 +233,13 @@ def write_days(folder: Path, days: Sequence[Sequence[int]]) -> None:
     np.save(folder / PIXELS / DAYS, np.concatenate(days, dtype=np.int32, casting="unsafe"))
 
 
-def _check_dates(folder: Path, found: PixelStore | Files, n_dates: int | Mapping[int, int] | None) -> None:
+def _check_dates(folder: Path, found: PixelStore | Files, n_dates: int | np.ndarray | None) -> None:
     """Raises a UserError unless every parcel has as many dates as `n_dates` says."""
     if n_dates is None:
         return
-    is_each = isinstance(n_dates, Mapping)
-    expected = np.array([n_dates[i] for i in found.ids.tolist()]) if is_each else n_dates
-    if (wrong := found.dates != expected).any():
+    if (wrong := found.dates != n_dates).any():
         i = int(np.argmax(wrong))
-        listed = f"{expected[i]} dates for it" if is_each else f"{n_dates} dates"
+        listed = f"{n_dates} dates" if isinstance(n_dates, int) else f"{n_dates[i]} dates for it"
         raise UserError(
             f"{folder / found.name(i)} has {found.dates[i]} dates, but {folder / 'META' / 'dates.json'} lists {listed}; "
             "they must agree."

@@ -8,8 +8,9 @@ import numpy as np
 from common.errors import UserError
 from data.calendar import Calendar
 from data.classes import UNKNOWN, number_labels
+from data.days import find_used, read_days
 from data.features import read_extra_features
-from data.metadata import Arrays, find_used, read_days, read_info, read_nomenclature
+from data.metadata import Arrays, read_info, read_nomenclature
 from data.moments import Moments
 from data.packing import check_folder, list_parcels, open_store
 
@@ -58,11 +59,11 @@ class Parcels:
         self.folder, self.until = Path(folder), until
         check_folder(self.folder)  # and META: packing can take long, what can be wrong is looked at before
         days = read_days(self.folder, list_parcels(self.folder))
-        shared = isinstance(days, np.ndarray)
+        shared = days.counts is None
         if isinstance(labels, str):
             labels = read_nomenclature(self.folder, labels)
         nodata = read_info(self.folder).get("nodata") if nodata is None else nodata
-        n_dates = len(days) if shared else {parcel: len(own) for parcel, own in days.items()}
+        n_dates = len(days.values) if shared else days.counts
         self.store = open_store(folder, cache_dir, self.in_memory, nodata, n_dates)
         self.n_dates, self.n_channels = int(self.store.dates.max()), self.store.n_channels
 
@@ -78,22 +79,30 @@ class Parcels:
             raise UserError(f"no parcel of {folder} has {what}; choose other --labels or --sub_classes.")
         self.complete = bool(self.store.complete[kept].all())
         self.varying = varying or until is not None or not shared or not self.complete
-        self.n_unobserved, used = 0, None if until is None else find_used(days, season_start, until)
-        self._calendar = Calendar(days, self.store.ids[kept].tolist(), season_start, used)
-        if self.varying and not keep_all:
+        n, only_observed = len(kept), self.varying and not keep_all
+        if only_observed:
+            kept = kept[self.store.observed[kept]]
+        self.features, self.extra_stats = None, None
+        if extra_feature is not None:  # before the calendar is made, which takes as much memory for a while
+            listed = [names[i] for i in kept]
+            self.features, self.extra_stats = read_extra_features(
+                self.folder, extra_feature, listed, extra_stats
+            )
+        used = None if until is None else find_used(days, season_start, until)
+        self._calendar = Calendar(days, kept, season_start, used)
+        if only_observed:
             observed = self._find_observed(kept)
             if not observed.all():
-                self.n_unobserved, kept = int((~observed).sum()), kept[observed]
-                self._calendar = Calendar(days, self.store.ids[kept].tolist(), season_start, used)
+                kept, self.features = (
+                    kept[observed],
+                    None if self.features is None else self.features[observed],
+                )
+                self._calendar = Calendar(days, kept, season_start, used)
+        self.n_unobserved = n - len(kept)
         del days, n_dates, used
         self.target = np.array([UNKNOWN if found[i] is None else found[i] for i in kept], dtype=np.int64)
         self.pid, self.places = [names[i] for i in kept], kept
         self.date_positions = self._calendar.positions
-        self.features, self.extra_stats = None, None
-        if extra_feature is not None:
-            self.features, self.extra_stats = read_extra_features(
-                self.folder, extra_feature, self.pid, extra_stats
-            )
         self.n_extra = 0 if self.features is None else self.features.shape[1]
 
     def _find_observed(self, places: np.ndarray) -> np.ndarray:

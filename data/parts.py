@@ -13,8 +13,8 @@ import torch
 from common.errors import UserError
 from common.files import write_bytes
 from common.progress import progress_bar
+from data.days import find_used, read_days
 from data.folds import Split
-from data.metadata import find_used, read_days
 
 if TYPE_CHECKING:
     from data.store import PixelStore
@@ -42,24 +42,24 @@ def fingerprints(
         season_start, until: of the training, where it used no later dates: then it does not matter which there are.
     """
     numbers = np.array(ids, np.int64)
-    days = read_days(folder, numbers.tolist())
+    days = read_days(folder, numbers)
     used = None if until is None else find_used(days, season_start, until)
-    is_shared = isinstance(days, np.ndarray)
+    dates = days.begin
     places = np.searchsorted(store.ids, numbers)
     found = np.empty(len(places), np.int64)
     for start in progress_bar(range(0, len(places), _CHUNK), "recognising parcels", "chunks"):
         part = slice(start, start + _CHUNK)
-        sizes, n_dates, here = (
+        sizes, n_dates, numbered = (
             values[places[part]].tolist() for values in (store.sizes, store.dates, store.ids)
         )
-        begin = store.locate(torch.from_numpy(places[part]), torch.zeros(len(here), 1, dtype=torch.long))
+        begin = store.locate(torch.from_numpy(places[part]), torch.zeros(len(numbered), 1, dtype=torch.long))
         pixels = store.read(begin, max(n_dates)).squeeze(1).numpy().astype(np.float64)
-        for i, (parcel, size, n, pixel) in enumerate(zip(here, sizes, n_dates, pixels), start=start):
+        for i, (parcel, size, n, pixel) in enumerate(zip(numbered, sizes, n_dates, pixels), start=start):
             digest = hashlib.blake2b(f"{parcel} {size} ".encode(), digest_size=8)
-            own, pixel = days if is_shared else days[parcel], pixel[:n]
+            here = slice(None) if days.counts is None else slice(dates[i], dates[i + 1])
+            own, pixel = days.values[here], pixel[:n]
             if used is not None:
-                rows = used if is_shared else used[parcel]
-                own, pixel = own[rows], pixel[rows]
+                own, pixel = own[used.values[here]], pixel[used.values[here]]
             digest.update(own.astype(np.int64).tobytes())
             if size:
                 digest.update(pixel.tobytes())

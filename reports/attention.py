@@ -16,7 +16,7 @@ from common.files import write_bytes
 from common.machine import recursive_todevice
 from common.progress import progress_bar
 from data.batch import Batch
-from data.metadata import read_days
+from data.days import read_days
 from models.ensemble import Ensemble
 from models.pse import PixelSet, split_input
 from reports.plots import plot_attention, save_figure
@@ -137,8 +137,7 @@ def bin_starts(dataset: "PixelSetData") -> np.ndarray:
 
 def first_day(dataset: "PixelSetData") -> np.datetime64:
     """The date that days are counted from; that of the first parcel's season where seasons are laid on each other."""
-    days = read_days(dataset.folder, [int(dataset.pid[0])])
-    days = days if isinstance(days, np.ndarray) else days[int(dataset.pid[0])]
+    days = read_days(dataset.folder, [int(dataset.pid[0])]).values
     origin = int(days.min()) - int(dataset.calendar(0)[0].min())
     return np.datetime64(date.fromordinal(origin))
 

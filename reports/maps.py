@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 
 from common.errors import UserError
 from common.progress import progress_bar
-from data.metadata import read_days, read_info
+from data.days import read_days
+from data.metadata import read_info
 from data.outlines import to_ground
 from reports.cartography import (
     PALETTE,
@@ -235,8 +236,7 @@ def _legend_handles(labels: np.ndarray, colours: Mapping[str, str], names: Mappi
 
 def describe_dataset(dataset: PixelSetData) -> str:
     """Name of a dataset, and first and last date of its images."""
-    days = read_days(dataset.folder, [int(parcel) for parcel in dataset.pid])
-    days = days if isinstance(days, np.ndarray) else np.concatenate(list(days.values()))
+    days = read_days(dataset.folder, [int(parcel) for parcel in dataset.pid]).values
     first, last = (date.fromordinal(int(day)) for day in (days.min(), days.max()))
     simulated = " (simulated)" if read_info(dataset.folder).get("simulated") else ""
     until = f", used until {dataset.until}" if dataset.until else ""

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from common.errors import UserError, as_user_error, run_cli
 from common.files import write_bytes
 from common.flags import Parser, natural, positive
-from data.metadata import find_used, read_days
+from data.days import find_used, read_days
 from dataset import UNKNOWN
 from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.predictions import join, predict
@@ -51,13 +51,12 @@ class Stage(NamedTuple):
 def last_days(run: Run, folder: Path, ids: Sequence[str]) -> list[date]:
     """The days to end with: all dates that parcels share; else one every ten days, and the last."""
     days = read_days(folder, [int(parcel) for parcel in ids])
+    every = days.values
     if run.data.until is not None:
-        used = find_used(days, run.data.season_start, run.data.until)
-        days = days[used] if isinstance(days, np.ndarray) else {i: days[i][used[i]] for i in days}
-    if isinstance(days, np.ndarray):
-        numbers = np.unique(days)
+        every = every[find_used(days, run.data.season_start, run.data.until).values]
+    if days.counts is None:
+        numbers = np.unique(every)
     else:
-        every = np.concatenate([*days.values()])
         numbers = np.unique([*range(int(every.min()), int(every.max()), _STEP), int(every.max())])
     return [date.fromordinal(int(number)) for number in numbers]
 

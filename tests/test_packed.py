@@ -11,7 +11,7 @@ import pytest
 import train
 from benchmarks import baselines
 from common.errors import UserError
-from data.metadata import read_days
+from data.days import read_days
 from data.packing import check_folder, list_parcels, open_store, write_days, write_pixels
 from dataset import PixelSetData
 from preprocessing import simulate, statistics
@@ -71,11 +71,11 @@ def test_every_parcel_and_day_is_that_of_the_files(folder: Path, tmp_path: Path)
     for i in range(18):
         np.testing.assert_array_equal(packed.parcel(i), store.parcel(i), strict=True)
     found = read_days(folder, parcels[3:9])
-    if isinstance(days, dict):
-        assert list(found) == parcels[3:9]
-        assert all((found[parcel] == days[parcel]).all() for parcel in found)
+    if days.counts is None:
+        np.testing.assert_array_equal(found.values, days.values)
     else:
-        np.testing.assert_array_equal(found, days)
+        np.testing.assert_array_equal(found.counts, days.counts[3:9])
+        np.testing.assert_array_equal(found.values, days.values[days.begin[3] : days.begin[9]])
 
 
 def test_training_and_predictions_are_the_same_to_the_byte(
@@ -194,5 +194,5 @@ def test_simulated(options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for place, parcel in enumerate(stores[0].ids):
         np.testing.assert_array_equal(stores[0].parcel(place), stores[1].parcel(place), strict=True)
         days = [read_days(folder, [parcel]) for folder in (files, packed)]
-        np.testing.assert_array_equal(*([each[parcel] for each in days] if options else days))
+        np.testing.assert_array_equal(*(each.values for each in days))
     assert (stores[0].complete == stores[1].complete).all() and stores[0].complete.all() == (not options)

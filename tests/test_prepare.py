@@ -37,7 +37,7 @@ from tests.rasters import (
 
 # isort: split
 # After the packages are known to be there.
-from data.metadata import read_days
+from data.days import read_days
 from data.packing import open_store
 from preprocessing import prepare, statistics
 from preprocessing.images import extract, grids, layout, pixelsets, workers
@@ -202,7 +202,8 @@ def test_tiles_of_different_dates_give_dates_per_parcel(run, tmp_path):
     store, days = open_store(packed), [read_days(each, [1, 2, 3]) for each in (folder, packed)]
     for place, parcel in enumerate(store.ids):
         np.testing.assert_array_equal(store.parcel(place).transpose(1, 2, 0), data[str(parcel)], strict=True)
-        np.testing.assert_array_equal(days[0][parcel], days[1][parcel])
+    for first, second in zip(*days, strict=True):  # days and how many each parcel has
+        np.testing.assert_array_equal(first, second)
     expected, found = contents(folder), contents(packed)
     changed = {name for name in found if expected.get(name) != found[name] and not name.startswith("PIXELS")}
     assert changed <= {"META/parcels.gpkg"} and not (packed / "META" / "dates.json").exists()

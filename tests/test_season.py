@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.flags import is_until
-from data.metadata import find_used
+from data.days import Days, find_used
 from dataset import PixelSetData, find_norm
 from learning.predictions import read_rows
 from reports import season
@@ -106,13 +106,14 @@ def test_days_of_the_year_are_those_of_the_season(
     days = np.array([ordinal(day) for day in DAYS])
     if not expected:
         with pytest.raises(Exception, match="--until 11-15 leaves no date, since the first one is 20161201"):
-            find_used(days, start, until)
+            find_used(Days(days), start, until)
         return
-    assert find_used(days, start, until).sum() == expected
-    own = find_used({1: days, 2: days + 365}, start, until)
-    assert own[1].sum() == expected
+    assert find_used(Days(days), start, until).values.sum() == expected
+    n = len(days)
+    own = find_used(Days(np.concatenate([days, days + 365]), np.array([n, n])), start, until)
+    assert own.values[:n].sum() == expected
     if start is not None:  # each parcel's own season
-        assert own[2].sum() == expected
+        assert own.values[n:].sum() == expected
 
 
 def test_what_is_a_day() -> None:
