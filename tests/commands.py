@@ -18,10 +18,18 @@ def run_command(main: Callable[[], None], command: str, monkeypatch: pytest.Monk
     run_cli(main)
 
 
-def run_train(folder: Path, res_dir: Path, options: str, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Trains on a folder with 3 folds and small sets of pixels, and returns the results folder."""
+def run_train(
+    folder: Path, res_dir: Path, options: str, monkeypatch: pytest.MonkeyPatch, pictures: bool = False
+) -> Path:
+    """Trains on a folder with 3 folds and small sets of pixels, and returns the results folder.
+
+    Without pictures and the report, which would take longer than the training, unless they are asked for.
+    """
     command = f"--dataset_folder {folder} --res_dir {res_dir} --kfold 3 --npixel 6 --batch_size 4 {options}"
-    run_command(train.main, command, monkeypatch)
+    with pytest.MonkeyPatch.context() as plain:
+        for name in () if pictures else ("plot_training", "plot_confusion", "save_figure", "write_report"):
+            plain.setattr(train, name, lambda *values: None)
+        run_command(train.main, command, monkeypatch)
     return res_dir
 
 

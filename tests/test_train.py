@@ -37,7 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return run_train(folder, tmp_path_factory.mktemp("run") / "res", "--epochs 3", monkeypatch)
+        return run_train(
+            folder, tmp_path_factory.mktemp("run") / "res", "--epochs 3", monkeypatch, pictures=True
+        )
 
 
 def contents(res_dir: Path) -> dict[str, bytes]:
