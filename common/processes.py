@@ -171,9 +171,20 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
                 "finished epoch with --resume."
             ) from error
         if n_ranks() > 1:
-            dist.destroy_process_group()
+            _leave()
 
     return run
+
+
+def _leave() -> None:
+    """Ends this process, whose work is done, at once.
+
+    The threads of gloo do not always survive that Python and its libraries are taken down: a process that aborts then
+    would make torchrun end the first one, which may still write the report.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:

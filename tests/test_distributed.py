@@ -239,3 +239,12 @@ def test_torchrun(folders: dict[str, Path], tmp_path: Path) -> None:
     again = torchrun(*common, "--res_dir", tmp_path / "res", "--epochs", 1)
     errors = [line for line in again.stdout.splitlines() if line.startswith("error: ")]
     assert again.returncode == 1 and len(errors) == 1 and "--overwrite" in errors[0]
+
+
+def test_processes_end_at_once_when_their_work_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken down as Python ends, threads of gloo among it, could abort one and with it the first."""
+    done = []
+    monkeypatch.setattr(processes, "n_ranks", lambda: 2)
+    monkeypatch.setattr(os, "_exit", lambda status: done.append(status))
+    together(lambda: done.append("work"))()
+    assert done == ["work", 0]
