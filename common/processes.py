@@ -179,8 +179,8 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
 def _leave() -> None:
     """Ends this process, whose work is done, at once.
 
-    The threads of gloo do not always survive that Python and its libraries are taken down: a process that aborts then
-    would make torchrun end the first one, which may still write the report.
+    A process with threads of gloo can abort while Python and its libraries are taken down; torchrun would then end the
+    first one, which may still write the report.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

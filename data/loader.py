@@ -81,6 +81,10 @@ def check_batch(dataset: Dataset, batch_size: int) -> None:
     Raises:
         UserError: if the pixels, and what is computed of them at once, are larger.
     """
+    if dataset.device.type != "cpu" or not hasattr(
+        os, "sysconf"
+    ):  # a GPU says so itself; Windows does not promise
+        return
     n_numbers = min(batch_size, len(dataset)) * dataset.n_dates * dataset.n_channels * dataset.npixel
     needed = (
         4 * n_numbers * 4

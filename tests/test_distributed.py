@@ -18,6 +18,7 @@ import inference
 import train
 from common import processes
 from common.arrays import load_arrays
+from common.errors import UserError
 from common.processes import rank, together
 from data import packing
 from data.folds import fold_splits
@@ -248,3 +249,11 @@ def test_processes_end_at_once_when_their_work_is_done(monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "_exit", lambda status: done.append(status))
     together(lambda: done.append("work"))()
     assert done == ["work", 0]
+
+
+def test_want_of_memory_is_one_sentence() -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError, match="--batch_size or --npixel"):
+        together(fail)()
