@@ -56,6 +56,8 @@ class PixelSetData(Parcels, OnDevice, Dataset):
         until: last day whose pixels are used, YYYYMMDD or MM-DD; such a dataset is varying.
         varying: whether to treat the dataset as varying in any case.
         temporal_dropout: probability with which `epoch_draws` leaves out a date (of a varying dataset).
+        temporal_truncation: probability with which `epoch_draws` ends a parcel's series (of a varying dataset) after one of
+            its dates, any of them as likely.
         temporal_shift: days, at most, by which `epoch_draws` moves a parcel's calendar (of a varying dataset).
         augment: function (batch, keys) -> batch, or several in their order, that change what `epoch_draws` gives. They get
             a `data.batch.Batch` of a few parcels at a time, normalised and jittered, from several threads, and a random
@@ -88,10 +90,12 @@ class PixelSetData(Parcels, OnDevice, Dataset):
         varying: bool = False,
         temporal_dropout: float = 0.0,
         temporal_shift: int = 0,
+        temporal_truncation: float = 0.0,
         augment: prepare.Step | Sequence[prepare.Step] | None = None,
     ) -> None:
         self.npixel, self.jitter, self.return_id = npixel, jitter, return_id
         self.temporal_dropout, self.temporal_shift = temporal_dropout, temporal_shift
+        self.temporal_truncation = temporal_truncation
         self.augment = (augment,) if callable(augment) else tuple(augment or ())
         super().__init__(
             folder, labels, sub_classes, extra_feature,
@@ -173,6 +177,7 @@ class PixelSetData(Parcels, OnDevice, Dataset):
         """The same parcels as they are, their pixels drawn by seed and parcel alone: the same at every call."""
         view = copy.copy(self)
         view.jitter, view.temporal_dropout, view.temporal_shift, view.augment = None, 0.0, 0, ()
+        view.temporal_truncation = 0.0
         return view.epoch_draws("evaluation", seed)
 
     def _make_noise(self, *words: int | str) -> None:
@@ -192,6 +197,9 @@ class PixelSetData(Parcels, OnDevice, Dataset):
             drawn["noise"] = noise_places(keys("jitter"), self.npixel, n_places).view(-1, self.npixel)
         if self.varying and self.temporal_dropout:
             drawn["left out"] = uniform_values(keys("dates"), self.n_dates) < self.temporal_dropout
+        if self.varying and self.temporal_truncation:
+            numbers = uniform_values(keys("end"), 1) / self.temporal_truncation
+            drawn["end"] = numbers.clamp(max=1)
         if self.varying and self.temporal_shift:
             numbers = uniform_values(keys("dates") + 1, 1) * (2 * self.temporal_shift + 1)
             drawn["moved"] = numbers.long() - self.temporal_shift

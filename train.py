@@ -82,12 +82,18 @@ def parse_args() -> argparse.Namespace:
         "--season_start",
         type=parse_month_day,
         help="count days from this day of the year, as 10-01, which makes years comparable; without it from the first "
-        "date of the dataset. Implies --varying_dates, as do the next two",
+        "date of the dataset. Implies --varying_dates, as do the next three",
     )
     group.add_argument(
         "--temporal_dropout",
         type=fraction,
         help="share of the dates left out at random in training",
+    )
+    group.add_argument(
+        "--temporal_truncation",
+        type=fraction,
+        help="share of the parcels, drawn anew in every epoch, whose series ends at one of its dates at random in training: for "
+        "predictions from the beginning of a season on",
     )
     group.add_argument(
         "--temporal_shift",

@@ -20,7 +20,7 @@ from common.progress import progress_bar
 from data.folds import Split, fold_splits, read_folds
 from dataset import PixelSetData
 from learning.metrics import confusion_matrix_analysis
-from learning.options import add_data_options, resolve_data
+from learning.options import TEMPORAL, add_data_options, resolve_data
 from preprocessing.simulate import embedded_dataset
 
 SCORES = "Accuracy", "MACRO_IoU", "MACRO_F1-score"
@@ -91,9 +91,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive, default=1, help="number of seeds")
     parser.add_argument("--trees", type=positive, default=500, help="trees of the forest")
     parser.add_argument("--only", choices=list(MODELS), help="leave out the other")
-    parser.set_defaults(
-        npixel=1, varying_dates=False, season_start=None, temporal_dropout=0, temporal_shift=0
-    )
+    parser.set_defaults(npixel=1, varying_dates=False, season_start=None, **dict.fromkeys(TEMPORAL, 0))
     args = parser.parse_args()
     dataset, settings, _ = resolve_data(args, Path(args.dataset_folder or embedded_dataset()))
     features, n_classes = mean_features(dataset), len(settings.classes)

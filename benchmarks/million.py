@@ -25,7 +25,7 @@ from data.folds import fold_splits, read_folds
 from data.moments import NORM, write_norm
 from data.packing import list_parcels, write_days, write_pixels
 from data.parts import PARTS, Parts, data_key, fingerprints
-from learning.options import add_data_options, resolve_data
+from learning.options import TEMPORAL, add_data_options, resolve_data
 from preprocessing.split import FOLDS, split
 
 L, C, CLASSES = 24, 10, 20
@@ -82,7 +82,7 @@ def train(folder: Path) -> list[tuple[str, float, float]]:
     parser, notes = argparse.ArgumentParser(), Notes()
     add_data_options(parser)
     parser.set_defaults(npixel=None, rdm_seed=1, varying_dates=False, season_start=None)
-    parser.set_defaults(temporal_dropout=0.0, temporal_shift=0)
+    parser.set_defaults(**dict.fromkeys(TEMPORAL, 0))
     dataset = resolve_data(parser.parse_args([]), folder)[0]
     notes.add("opening, as train.py does")
     splits = fold_splits(len(dataset), 5, 1)

@@ -36,7 +36,7 @@ from dataset import PixelSetData, batch_loader
 from learning.crossvalidation import new_model
 from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
 from learning.focal_loss import LOSSES, FocalLoss
-from learning.options import add_data_options, resolve_architecture, resolve_data
+from learning.options import TEMPORAL, add_data_options, resolve_architecture, resolve_data
 from learning.run import Run, Training
 from models.architecture import DataShape
 from preprocessing.simulate import embedded_dataset
@@ -201,7 +201,7 @@ def main(words: Sequence[str] | None = None) -> None:
                         help=f"trainings, of {', '.join(TRAININGS)}")  # fmt: skip
     parser.set_defaults(
         npixel=None, batch_size=Training.batch_size, varying_dates=False, season_start=None,
-        temporal_dropout=0.0, temporal_shift=0,
+        **dict.fromkeys(TEMPORAL, 0),
     )  # fmt: skip
     args = parser.parse_args(words)
     keep_freed_memory()

@@ -150,6 +150,8 @@ def list_steps(
         varying: whether they may leave out dates.
     """
     decide: list[tuple[Step, Tensor | None]] = [(fill_missing(value), None) for value in nodata]
+    if "end" in drawn:
+        decide.append((end_early, drawn["end"]))
     if "left out" in drawn:
         decide.append((drop_dates, drawn["left out"]))
     move = [(first_dates, None)] if decide else []
@@ -192,6 +194,13 @@ def fill_missing(nodata: float | None) -> Step:
         return batch._replace(pixels=pixels, mask=torch.from_numpy(mask), present=mask.any(2))
 
     return step
+
+
+def end_early(batch: Batch, end: Tensor) -> Batch:
+    """Leaves out what comes after a share of the dates that a parcel has, (B, 1) above 0 to 1, but never the first."""
+    number, n = batch.present.cumsum(1), batch.present.sum(1, keepdims=True)
+    kept = batch.present & (number <= np.maximum(1, np.ceil(end.numpy() * n)))
+    return batch._replace(mask=batch.mask & torch.from_numpy(kept).unsqueeze(2), present=kept)
 
 
 def drop_dates(batch: Batch, left_out: Tensor) -> Batch:

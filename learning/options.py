@@ -37,6 +37,9 @@ from models.architecture import (
     known_encoders,
 )
 
+# What training changes at random in series; each of them needs, and makes, a model for varying dates.
+TEMPORAL = ("temporal_dropout", "temporal_truncation", "temporal_shift")
+
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """Flags on the dataset and on how it is read."""
@@ -127,6 +130,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
     """
     check_folder(folder)
     table = args.labels_table and LabelsTable(args.labels_table, args.id_column, args.label_column)
+    temporal = {name: getattr(args, name) for name in TEMPORAL}
     asked = DataSettings(
         labels=LABELS if table else choose_nomenclature(folder, args.labels, LABELS),
         labels_table=table,
@@ -134,7 +138,7 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         nodata=args.nodata,
         season_start=args.season_start,
         until=args.until,
-        varying=bool(args.varying_dates or args.season_start or args.temporal_dropout or args.temporal_shift),
+        varying=bool(args.varying_dates or args.season_start or any(temporal.values())),
         seed=args.rdm_seed,
     )
     every_label = PixelSetData(
@@ -159,9 +163,8 @@ def resolve_data(args: argparse.Namespace, folder: Path) -> tuple[PixelSetData, 
         folder,
         settings,
         cache_dir=args.cache_dir,
-        temporal_dropout=args.temporal_dropout,
-        temporal_shift=args.temporal_shift,
         augment=AUGMENTATIONS,
+        **temporal,
     )
     norm, source = find_norm(dataset, args.norm)
     dataset.set_norm(norm)
@@ -223,13 +226,7 @@ def _reader(size: Size) -> Callable[[str], Any]:
     """What reads a size from the command line."""
     if size.optional:
         return parse_optional
-    return (
-        parse_widths
-        if isinstance(size.default, list)
-        else fraction
-        if isinstance(size.default, float)
-        else positive
-    )
+    return {list: parse_widths, float: fraction, int: positive}[type(size.default)]
 
 
 def typed_architecture(args: argparse.Namespace) -> dict[str, Any]:

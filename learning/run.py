@@ -46,6 +46,7 @@ class Training:
         gamma: of the focal loss.
         loss, optimizer, schedule: names in `LOSSES`, `OPTIMIZERS` and `SCHEDULES`.
         temporal_dropout: share of dates left out at random.
+        temporal_truncation: share of the parcels whose series ends at a date drawn at random.
         temporal_shift: days, at most, by which a parcel's calendar is moved at random.
         preset: name of the configuration of config_fig2.json that was asked for.
     """
@@ -59,6 +60,7 @@ class Training:
     optimizer: str = "adam"
     schedule: str = "constant"
     temporal_dropout: float = 0.0
+    temporal_truncation: float = 0.0
     temporal_shift: int = 0
     preset: str | None = None
 

@@ -378,7 +378,8 @@ def test_integers_cross_to_the_device_and_become_the_floats_of_a_cpu(
     for jitter in (None, (0.01, 0.05)):
         dataset = PixelSetData(folder, NOMENCLATURE, 6, [1, 3, 9], norm, "geomfeat", jitter)
         assert dataset.varying == (dates != "shared")
-        dataset.temporal_dropout, dataset.temporal_shift = (0.3, 5) if dataset.varying else (0, 0)
+        if dataset.varying:
+            dataset.temporal_dropout, dataset.temporal_truncation, dataset.temporal_shift = 0.3, 0.5, 5
         drawn, sampler = dataset.epoch_draws(1), BatchSampler(range(len(dataset)), 4, 3)
         expected = flatten(list(batch_loader(drawn, sampler, 0)))
         with pretend_cuda() as log:

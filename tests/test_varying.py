@@ -151,7 +151,12 @@ def test_loading_does_not_depend_on_workers_batches_or_memory(folder):
 def test_a_batch_equals_its_parts(folder, monkeypatch, n_parcels):
     """A batch is prepared in parts, of parcels with about as many dates."""
     dataset = open_folder(
-        folder, norm=(3.0, 2.0), temporal_dropout=0.3, temporal_shift=5, jitter=(0.01, 0.05)
+        folder,
+        norm=(3.0, 2.0),
+        temporal_dropout=0.3,
+        temporal_truncation=0.5,
+        temporal_shift=5,
+        jitter=(0.01, 0.05),
     )
     expected, _ = dataset.epoch_draws(1).batch(range(15))
     monkeypatch.setattr(prepare, "NUMBERS_PER_PART", n_parcels * S * 7 * C)
@@ -235,6 +240,35 @@ def test_temporal_dropout_leaves_dates_out(folder):
     assert ((share > 0.43) & (share < 0.6)).all()
     fixed, _ = dataset.evaluation(1).batch(range(15))
     assert torch.equal(fixed.mask, whole.mask)
+
+
+def test_temporal_truncation_ends_series_at_any_of_their_dates(folder):
+    """The plain twin of one draw is a loop over the dates of one parcel."""
+    whole, _ = open_folder(folder).evaluation(1).batch(range(15))
+    n_whole = (whole.mask.sum(2) > 0).sum(1)
+    dataset = open_folder(folder, temporal_truncation=0.8)
+    ends = []
+    for epoch in range(1000):
+        data, _ = dataset.epoch_draws(epoch).batch(range(15))
+        n = (data.mask.sum(2) > 0).sum(1)
+        for i in range(15):  # what is left is the beginning
+            assert torch.equal(data.days[i, : n[i]], whole.days[i, : n[i]])
+        ends.append(n)
+    ends = torch.stack(ends)
+    for i, n in enumerate(n_whole.tolist()):
+        shares = torch.bincount(ends[:, i], minlength=n + 1)[1:] / len(ends)
+        expected = torch.full((n,), 0.8 / n)
+        expected[-1] += 0.2
+        assert len(shares) == n and (shares - expected).abs().max() < 0.06  # four standard deviations
+    fixed, _ = dataset.evaluation(1).batch(range(15))
+    assert torch.equal(fixed.mask, whole.mask)
+
+
+def test_truncation_leaves_its_own_dates_to_dropout(folder):
+    dataset = open_folder(folder, temporal_truncation=0.9, temporal_dropout=0.9)
+    for epoch in range(50):
+        data, _ = dataset.epoch_draws(epoch).batch(range(15))
+        assert (data.mask.sum(2) > 0).any(1).all()
 
 
 def test_temporal_shift_moves_calendars(folder):
@@ -468,7 +502,9 @@ def test_training_and_predicting(folder, tmp_path, monkeypatch, name):
 
 def test_a_model_for_any_dates_predicts_another_year(tmp_path, monkeypatch):
     first, second = write_folder(tmp_path / "a"), write_folder(tmp_path / "b", n_dates=7, seed=5)
-    robust = "--epochs 1 --season_start 10-01 --temporal_dropout 0.2 --temporal_shift 5"
+    robust = (
+        "--epochs 1 --season_start 10-01 --temporal_dropout 0.2 --temporal_truncation 0.5 --temporal_shift 5"
+    )
     results = run_train(first, tmp_path / "results", robust, monkeypatch)
     output = run_inference(second, results, tmp_path / "output", "", monkeypatch)
     assert (np.load(output / "Predictions_id_ytrue_y_pred.npy")[:, 2] >= 0).sum() == 12
