@@ -4,7 +4,7 @@ python -m benchmarks.what_helps --dataset_folder D --epochs 40 --res_file gains.
 
 For each seed every recipe gets the same folds, first weights and order of parcels. The table has its gain over the
 paper's recipe, as mean and standard error over seeds. The same command goes on where it was stopped. Flags on data are
-those of train.py. None of these changes is in the library: they are put in its tables here, as docs/extending.md shows.
+those of train.py. What has no flag there is put in its tables here, as docs/extending.md shows.
 """
 
 import common  # isort: skip  # noqa: F401  # before torch, see there
@@ -41,8 +41,8 @@ from learning.run import Run, Training
 from models.architecture import DataShape
 from preprocessing.simulate import embedded_dataset
 
-# By name, what differs from the paper's recipe: entries of `Training`, pooling, and the share of the pixel-set
-# encoder's output that is dropped.
+# By name, what differs from the paper's recipe: flags of train.py, and the share of the pixel-set encoder's output that is
+# dropped.
 TRAININGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "decay": {"optimizer": "adamw"},
@@ -51,6 +51,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "class weights": {"loss": "weighted"},
     "dropout": {"dropout": 0.1},
     "mean": {"pooling": "mean"},
+    "augmentation": {"temporal_dropout": 0.2, "temporal_shift": 10},
 }
 # Lines of the table: a training, and which of its weights are tested.
 ROWS = {
@@ -64,6 +65,7 @@ ROWS = {
     "class weights, one over root of frequency": ("class weights", "best"),
     "dropout 0.1 after the pixel-set encoder": ("dropout", "best"),
     "--pooling mean": ("mean", "best"),
+    "--temporal_dropout 0.2 --temporal_shift 10": ("augmentation", "best"),
 }
 PAPER = next(iter(ROWS))
 CPU = torch.device("cpu")
@@ -158,12 +160,12 @@ def train_first_fold(
 
 def make_run(args: argparse.Namespace, seed: int, changes: dict[str, Any]) -> tuple[PixelSetData, Run]:
     """The dataset and the settings of a training that differs in some of `TRAININGS`."""
-    args = argparse.Namespace(**vars(args) | {"rdm_seed": seed})
+    args = argparse.Namespace(**vars(args) | changes | {"rdm_seed": seed})
     dataset, settings, _ = resolve_data(args, Path(args.dataset_folder or embedded_dataset()))
     sizes = {name: value for name, value in changes.items() if name == "pooling"}
     architecture = resolve_architecture(sizes, {}, DataShape.of(dataset, len(settings.classes)))
     known = {field.name for field in fields(Training)}
-    training = Training.from_config({k: v for k, v in (vars(args) | changes).items() if k in known})
+    training = Training.from_config({k: v for k, v in vars(args).items() if k in known})
     return dataset, Run(Path(), settings, architecture, training)
 
 
