@@ -30,9 +30,8 @@ def run_cli(main: Callable[[], None]) -> None:
     earlier = signal.signal(signal.SIGTERM, _raise_terminated)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a path may have letters that the terminal does not
+            # A path may have letters that the terminal does not.
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

@@ -1,10 +1,12 @@
 """Files and folders written completely or not at all, and read with errors that name them."""
 
+import csv
+import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,13 @@ def write_folder(folder: Path) -> Iterator[Path]:
         complete.mkdir()
         yield complete
         complete.rename(folder)
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[Any]], line_end: str = "\r\n") -> None:
+    """Writes a table, the first row of which has the names of the columns; None becomes an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator=line_end).writerows(rows)
+    write_bytes(path, text.getvalue().encode())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,13 +8,6 @@ from datetime import datetime
 from typing import Any
 
 
-def parse_list(text: str) -> list[int]:
-    """Reads a list typed as [128,64]."""
-    if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as [128,64]")
-    return [int(number) for number in re.findall(r"\d+", text)]
-
-
 def parse_labels(text: str) -> list[int] | list[str]:
     """Reads a list of labels, whole numbers or text, typed as [1,3] or [wheat,maize]."""
     labels = [label.strip() for label in text.strip().removeprefix("[").removesuffix("]").split(",")]
@@ -69,8 +62,10 @@ def finite(text: str) -> float:
 
 
 def parse_widths(text: str) -> list[int]:
-    """Reads a list of layer widths, all of at least 1."""
-    widths = parse_list(text)
+    """Reads a list of layer widths, all of at least 1, typed as [128,64]."""
+    if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as [128,64]")
+    widths = [int(number) for number in re.findall(r"\d+", text)]
     if min(widths) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} contains a 0; every layer needs at least one number")
     return widths

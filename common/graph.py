@@ -36,9 +36,8 @@ class Replayed:
             self._left -= 1
             here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
             aside.wait_stream(here)
-            with torch.cuda.stream(
-                aside
-            ):  # as PyTorch asks for, or else its backward pass would stay bound to `here`
+            # As PyTorch asks for, or else its backward pass would stay bound to `here`.
+            with torch.cuda.stream(aside):
                 work(items)
             here.wait_stream(aside)
         else:

@@ -40,7 +40,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def prepare_device(device: torch.device, tf32: bool = False) -> None:
-    """Makes a GPU the one that this process computes on, in one precision and with the same results every time.
+    """Makes a GPU compute in one precision, and the same results every time.
 
     By default PyTorch multiplies matrices in float32, but lets cuDNN, which computes GRU and TempCNN, round to TF32.
 
@@ -48,39 +48,28 @@ def prepare_device(device: torch.device, tf32: bool = False) -> None:
         device: nothing is done for a CPU.
         tf32: whether all products may round to TF32: faster, with 10 bits of mantissa instead of 23.
     """
-    if device.type != "cuda":
-        return
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    _set_rules((tf32, tf32, True, False))  # nothing here reads memory that was not filled
+    if device.type == "cuda":
+        _set_rules(tf32, tf32, True, False)  # nothing here reads memory that was not filled
 
 
 @contextmanager
 def prepared_device(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """The rules of `prepare_device` for a while; then those of before, which may be somebody else's, again."""
-    before = _rules()
+    """`prepare_device` for a while; then the rules of before, which may be somebody else's, hold again."""
+    tf32_before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    before = *tf32_before, deterministic, torch.utils.deterministic.fill_uninitialized_memory
     try:
-        if device.type == "cuda":
-            _set_rules((tf32, tf32, True, False))
+        prepare_device(device, tf32)
         yield
     finally:
-        _set_rules(before)
+        _set_rules(*before)
 
 
-def _rules() -> tuple[bool, bool, bool, bool]:
-    """Whether matrix products may round to TF32, cuDNN may, kernels have to be deterministic, new memory is filled."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    return (
-        *tf32,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-
-
-def _set_rules(rules: tuple[bool, bool, bool, bool]) -> None:
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = rules[:2]
-    torch.use_deterministic_algorithms(rules[2])
-    torch.utils.deterministic.fill_uninitialized_memory = rules[3]
+def _set_rules(products_tf32: bool, cudnn_tf32: bool, is_deterministic: bool, fills_memory: bool) -> None:
+    """Whether matrix products and cuDNN may round to TF32, kernels give the same each time, new memory is filled."""
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = products_tf32, cudnn_tf32
+    torch.use_deterministic_algorithms(is_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fills_memory
 
 
 def free_memory(device: torch.device) -> int:

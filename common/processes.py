@@ -57,11 +57,6 @@ class _Sum(torch.autograd.Function):
         return _Sum.apply(gradient)
 
 
-def count_over_ranks(n: int) -> int:
-    """Sum of the processes' numbers."""
-    return int(sum_over_ranks(torch.tensor(n)))
-
-
 def rank() -> int:
     """Number of this process, from 0."""
     return dist.get_rank() if n_ranks() > 1 else 0
@@ -108,7 +103,7 @@ def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
 
 
 def join_ranks(device_name: str | None, tf32: bool = False) -> torch.device:
-    """Joins the other processes, if torchrun started this one; gives its device, prepared.
+    """Joins the other processes, if torchrun started this one; gives its device, which is prepared and the current one.
 
     Args:
         device_name: what `choose_device` takes.
@@ -118,21 +113,22 @@ def join_ranks(device_name: str | None, tf32: bool = False) -> torch.device:
         UserError: if there are fewer GPUs than processes on this machine, or the device is unknown.
     """
     device = choose_device(device_name)
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
-        prepare_device(device, tf32)
-        return device
-    n_local = int(os.environ["LOCAL_WORLD_SIZE"])
-    if device.type == "cuda":
+    is_one_of_several = dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1"
+    if is_one_of_several and device.type == "cuda":
+        n_local = int(os.environ["LOCAL_WORLD_SIZE"])
         if device.index is not None or n_local > torch.cuda.device_count():
             raise UserError(
                 f"torchrun started {n_local} processes on a machine with {torch.cuda.device_count()} GPUs; start one "
                 "process per GPU and leave --device out, or give --device cpu."
             )
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     prepare_device(device, tf32)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
-    if not is_main():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if is_one_of_several:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        if not is_main():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return device
 
 
@@ -143,9 +139,7 @@ def together(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError:
-            if (
-                not is_main()
-            ):  # the first process finds the same, unless something is wrong with this one alone
+            if not is_main():  # the first process finds the same, unless this one alone has a fault
                 time.sleep(_SECONDS_TO_AGREE)
             raise
         except KeyboardInterrupt:

@@ -54,8 +54,8 @@ def format_time(seconds: float) -> str:
 
 def format_scores(scores: dict[str, float]) -> str:
     """Training and validation scores of an epoch in one line."""
-    parts = (("train", "train"), ("val", "val"))
     return " | ".join(
-        f"{name} loss {scores[f'{key}_loss']:.3f} acc {scores[f'{key}_accuracy']:.1f}% mIoU {scores[f'{key}_IoU']:.3f}"
-        for key, name in parts
+        f"{part} loss {scores[f'{part}_loss']:.3f} acc {scores[f'{part}_accuracy']:.1f}% "
+        f"mIoU {scores[f'{part}_IoU']:.3f}"
+        for part in ("train", "val")
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from common.processes import count_over_ranks, sum_over_ranks
+from common.processes import sum_over_ranks
 from common.threads import share
 from models.batchnorm import update_running_statistics
 
@@ -193,7 +193,7 @@ def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
 
     Of processes that train together, each sums over its part of the batch.
     """
-    n = count_over_ranks(batch.n_rows)
+    n = int(sum_over_ranks(torch.tensor(batch.n_rows)))
     sum_type = batch.dtype if maps else torch.float64
     moments = Moments(n, sum_over_ranks(_Moments.apply(batch, sum_type, None, *maps)), None)
     with torch.no_grad():
@@ -201,11 +201,8 @@ def batch_moments(batch: _Batch, maps: Sequence[Tensor], W: Tensor) -> Moments:
         _, v = moments.of_output(W)
         second = moments.sums[:-1] / n
         summands = (W.abs() @ second.diagonal().sqrt()).square()  # no less than those whose sum v is
-        error, accepted = (
-            torch.finfo(sum_type).eps * summands,
-            _LOST_DIGITS * torch.finfo(batch.dtype).eps * v,
-        )
-        if not (error > accepted).any():
+        error = torch.finfo(sum_type).eps * summands
+        if not (error > _LOST_DIGITS * torch.finfo(batch.dtype).eps * v).any():
             return moments
         V = torch.linalg.eigh(second).eigenvectors
     return Moments(n, sum_over_ranks(_Moments.apply(batch, torch.float64, V, *maps)), V)
