@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ from common.machine import recursive_todevice
 from common.progress import progress_bar
 from data.batch import Batch
 from data.days import read_days
+from dataset import PixelSetData
 from models.ensemble import Ensemble
 from models.pse import PixelSet, split_input
 from reports.plots import plot_attention, save_figure
-
-if TYPE_CHECKING:
-    from dataset import PixelSetData
 
 ARRAYS, PICTURES = "attention.npz", "attention"
 _RED, _NIR = ("B4", "RED"), ("B8", "NIR", "B8A", "NIR08")  # as Sentinel-2 and catalogues name them
@@ -50,7 +48,7 @@ class Attention(NamedTuple):
 
 def mean_attention(
     ensemble: Ensemble,
-    dataset: "PixelSetData",
+    dataset: PixelSetData,
     batches: Iterable[tuple[PixelSet | Batch, Tensor]],
     groups: np.ndarray,
     n_classes: int,
@@ -98,7 +96,7 @@ def mean_attention(
     return Attention(share, mean, deviation, observed, parcels.cpu().numpy())
 
 
-def unpack(x: PixelSet | Batch, dataset: "PixelSetData") -> tuple[Tensor, Tensor, Tensor]:
+def unpack(x: PixelSet | Batch, dataset: PixelSetData) -> tuple[Tensor, Tensor, Tensor]:
     """Pixels (B, L, C, S), mask (B, L, S) and days (B, L) of a batch."""
     if isinstance(x, Batch):
         return x.pixels, x.mask, x.days
@@ -107,7 +105,7 @@ def unpack(x: PixelSet | Batch, dataset: "PixelSetData") -> tuple[Tensor, Tensor
     return pixels, mask, days.expand(len(mask), -1)
 
 
-def mean_ndvi(pixels: Tensor, mask: Tensor, dataset: "PixelSetData", bands: tuple[int, int]) -> Tensor:
+def mean_ndvi(pixels: Tensor, mask: Tensor, dataset: PixelSetData, bands: tuple[int, int]) -> Tensor:
     """NDVI of each parcel's mean reflectances by date, (B, L); not finite where it is not defined."""
     mean, std = dataset.norm if dataset.norm is not None else (0.0, 1.0)
     channels, rounding = [], 0.0
@@ -121,13 +119,13 @@ def mean_ndvi(pixels: Tensor, mask: Tensor, dataset: "PixelSetData", bands: tupl
     return torch.where(total > rounding, (near_infrared - red) / total, torch.nan)
 
 
-def _of_band(values: np.ndarray | float, band: int, dataset: "PixelSetData") -> Tensor:
+def _of_band(values: np.ndarray | float, band: int, dataset: PixelSetData) -> Tensor:
     """What one channel was normalised with: a number, or one for each date in order."""
     values = np.broadcast_to(values, np.broadcast_shapes(np.shape(values), (dataset.n_channels,)))
     return torch.as_tensor(values[..., band].copy())
 
 
-def bin_starts(dataset: "PixelSetData") -> np.ndarray:
+def bin_starts(dataset: PixelSetData) -> np.ndarray:
     """First day of every bin of time: each date where all parcels share them, else each week from the first on."""
     if dataset.date_positions is not None:
         return np.unique(dataset.date_positions)
@@ -135,7 +133,7 @@ def bin_starts(dataset: "PixelSetData") -> np.ndarray:
     return np.arange(min(own.min() for own in days), max(own.max() for own in days) + 1, WEEK)
 
 
-def first_day(dataset: "PixelSetData") -> np.datetime64:
+def first_day(dataset: PixelSetData) -> np.datetime64:
     """The date that days are counted from; that of the first parcel's season where seasons are laid on each other."""
     days = read_days(dataset.folder, [int(dataset.pid[0])]).values
     origin = int(days.min()) - int(dataset.calendar(0)[0].min())
@@ -181,7 +179,7 @@ def _spell(name: str) -> str:
 def write_attention(
     output: Path,
     attention: Attention,
-    dataset: "PixelSetData",
+    dataset: PixelSetData,
     classes: Sequence[int | str],
     names: dict[str, str],
     folds: Sequence[int],

@@ -64,12 +64,8 @@ def map_figure(
         key: heading of the legend.
     """
     west, south, east, north = _view(bounds)
-    ratio, n, gap, above = (
-        (north - south) / (east - west),
-        len(headings),
-        0.15,
-        0.4 * bool(title),
-    )  # inches from here on
+    ratio, n = (north - south) / (east - west), len(headings)
+    gap, above = 0.15, 0.4 * bool(title)  # inches from here on
     columns = n if ratio > 0.6 else 1
     wide = min((7 + 4 * (n > 1) - gap) / columns - gap, 10 / ratio)
     tall, rows, width = wide * ratio + 0.35, n // columns, max(columns * (wide + gap) + gap, 7)
@@ -81,9 +77,8 @@ def map_figure(
         x, y = left + number % columns * (wide + gap), height - above - (number // columns + 1) * tall
         place = x / width, (y + 0.05) / height, wide / width, wide * ratio / height
         panels.append(figure.add_axes(place))
-        panels[-1].set_title(
-            heading if wide > 0.08 * len(heading) else heading.partition(" (")[0], fontsize="medium"
-        )
+        words = heading if wide > 0.08 * len(heading) else heading.partition(" (")[0]
+        panels[-1].set_title(words, fontsize="medium")
         frame_panel(panels[-1], bounds)
     figure.suptitle(title, y=1 - 0.1 / height, va="top", parse_math=False)
     style = {"loc": "lower center", "bbox_to_anchor": (0.5, 0), "frameon": False, "fontsize": "small"}
@@ -135,19 +130,15 @@ def add_scale(panel: Axes, bounds: Sequence[float]) -> None:
     """Draws a scale bar and an arrow to the north in the strip below."""
     west, south, east, north = bounds
     pad = _margin(bounds)
-    length, bar = (
-        scale_length(min(max(east - west, north - south) / 4, (east - west) / 2.5)),
-        south - 1.7 * pad,
-    )
+    length = scale_length(min(max(east - west, north - south) / 4, (east - west) / 2.5))
+    bar = south - 1.7 * pad
     panel.plot([west, west + length], [bar, bar], color="black", linewidth=3, solid_capstyle="butt")
     words = f"{length / 1000:g} km" if length >= 1000 else f"{length:g} m"
-    panel.annotate(
-        words, (west + length, bar), (6, 0), textcoords="offset points", va="center", fontsize="small"
-    )
+    style = {"textcoords": "offset points", "va": "center", "fontsize": "small"}
+    panel.annotate(words, (west + length, bar), (6, 0), **style)
+    style = {"ha": "center", "va": "top", "fontsize": "small"}
     arrow = {"arrowstyle": "-|>", "color": "black", "shrinkA": 0}
-    panel.annotate(
-        "N", (east, bar + pad), (east, bar - pad), ha="center", va="top", fontsize="small", arrowprops=arrow
-    )
+    panel.annotate("N", (east, bar + pad), (east, bar - pad), arrowprops=arrow, **style)
 
 
 def add_colour_bar(panel: Axes, bounds: Sequence[float], shown: PathCollection) -> None:
@@ -183,12 +174,8 @@ def qgis_style(column: str, colours: Mapping[str, str], names: Mapping[str, str]
         symbol = ElementTree.SubElement(symbols, "symbol", type="fill", name=str(i), alpha="1")
         layer = ElementTree.SubElement(symbol, "layer", {"class": "SimpleFill", "enabled": "1", "pass": "0"})
         rgba = ",".join(str(int(colour[k : k + 2], 16)) for k in (1, 3, 5)) + ",255"
-        for key, value in (
-            ("style", "solid"),
-            ("color", rgba),
-            ("outline_style", "solid"),
-            ("outline_color", rgba),
-        ):
+        look = {"style": "solid", "color": rgba, "outline_style": "solid", "outline_color": rgba}
+        for key, value in look.items():
             ElementTree.SubElement(layer, "prop", k=key, v=value)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="utf-8")

@@ -66,9 +66,7 @@ class Exported(nn.Module):
         days = present = None
         if self.varying:
             days, present = others[-1], (mask != 0).any(2)
-            mask = torch.where(
-                present.unsqueeze(2), mask, 1
-            )  # an absent date is encoded, but has no influence
+            mask = torch.where(present.unsqueeze(2), mask, 1)  # absent dates are encoded, without influence
         sets = (pixels, mask) if extra is None else ((pixels, mask), extra)
         outputs = []
         for member in self.ensemble.members:
@@ -113,11 +111,9 @@ def export_run(path: Path, weight_dir: Path, fold: str, typed: dict[str, Any], p
     with as_user_error(FileNotFoundError, ValueError, TypeError, prefix="--weight_dir: "):
         ensemble = run.load(fold, "cpu")
     inputs = export(path, ensemble, run)
-    values = (
-        "as in DATA"
-        if run.data.norm is not None
-        else "already normalised, since no normalisation.npz is there"
-    )
+    values = "as in DATA"
+    if run.data.norm is None:
+        values = "already normalised, since no normalisation.npz is there"
     return (
         f"{path}: {run.architecture.kind.classifier.__name__}, {len(ensemble.members)} fold(s) of {weight_dir}\n"
         f"Inputs: {', '.join(inputs)}; values {values}\nOutput: {OUTPUT} (batch, {len(run.data.classes)})"
@@ -174,10 +170,7 @@ def export(path: Path, ensemble: Ensemble, run: Run) -> list[str]:
 
 
 def _to_onnx(program: torch.export.ExportedProgram, names: Sequence[str], about: dict[str, str]) -> bytes:
-    with (
-        warnings.catch_warnings(),
-        redirect_stdout(io.StringIO()),
-    ):  # it reports on its own steps and packages
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # it reports on its own steps, packages
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
         try:

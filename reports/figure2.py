@@ -1,7 +1,5 @@
 """Figure 2 of the paper from the results folders of its configurations: a table and a picture of what is there."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
-from common.files import read_json, write_bytes
+from common.files import read_json, write_csv
 from data.settings import CLASSES_20
 from learning.metrics import accuracy, mean_iou
 from learning.options import resolve_architecture
@@ -64,7 +62,8 @@ def draw(res_dir: Path) -> list[Row]:
     if not found:
         return []
     rows, runs = map(list, zip(*found))
-    write_table(res_dir / TABLE, rows)
+    cells = ([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
+    write_csv(res_dir / TABLE, [Row._fields, *cells], line_end="\n")
     on_paper_data = all(is_sentinel_agri(row, run) for row, run in zip(rows, runs))
     save_figure(res_dir / PICTURE, plot_comparison(rows, describe_runs(rows, runs), on_paper_data))
     return rows
@@ -96,18 +95,8 @@ def read_line(res_dir: Path, name: str) -> tuple[Row, Run] | None:
     parameters, flops = measure_model(run)
     scores = (accuracy(total), float(np.std([accuracy(mat) for mat in matrices])))
     scores += (mean_iou(total), float(by_fold.mean()), float(by_fold.std()))
-    row = Row(
-        name,
-        *parameters,
-        *scores,
-        read_seconds(folder),
-        *flops,
-        len(matrices),
-        folds,
-        epochs,
-        int(total.sum()),
-    )
-    return row, run
+    progress = len(matrices), folds, epochs, int(total.sum())
+    return Row(name, *parameters, *scores, read_seconds(folder), *flops, *progress), run
 
 
 def read_seconds(folder: Path) -> float | None:
@@ -147,16 +136,6 @@ def measure_model(run: Run) -> tuple[tuple[int, int], tuple[int | None, int | No
         model(x)
     temporal = counter.get_flop_counts()[f"{type(model).__name__}.temporal_encoder"]
     return parameters, (sum(temporal.values()), counter.get_total_flops())
-
-
-def write_table(path: Path, rows: Sequence[Row]) -> None:
-    """Writes the rows as CSV."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(Row._fields)
-    for row in rows:
-        table.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
-    write_bytes(path, text.getvalue().encode())
 
 
 def describe_runs(rows: Sequence[Row], runs: Sequence[Run]) -> str:

@@ -46,9 +46,8 @@ def plot_parts(
     fill_outlines(panel, outlines, np.array(colours)[part])
     add_scale(panel, bounds)
     if groups is not None:
-        panel.add_collection(
-            LineCollection(_rings(outlines, groups), colors="black", linewidths=0.8, zorder=3)
-        )
+        rings = LineCollection(_rings(outlines, groups), colors="black", linewidths=0.8, zorder=3)
+        panel.add_collection(rings)
     if grid is not None:
         corner, side = grid
         width = 0.1 * side * points_per_metre(panel)

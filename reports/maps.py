@@ -95,14 +95,12 @@ def write_map(
     labels = frame["predicted_label"].to_numpy(dtype=str)
     colours = class_colours(labels, classes, confusion) | ({"": GREY} if "" in labels else {})
     names = dict(zip(labels, frame["predicted_name"])) | {"": UNDEFINED}
+    layer = frame.set_axis(_distinct(frame.columns), axis=1)
+    style = qgis_style("predicted_label", colours, names)
     writers: dict[Path, Callable[[Path], None]] = {
-        output / "predictions.gpkg": lambda path: frame.set_axis(_distinct(frame.columns), axis=1).to_file(
-            path, layer="predictions"
-        ),
+        output / "predictions.gpkg": lambda path: layer.to_file(path, layer="predictions"),
         output / "predictions.parquet": frame.to_parquet,
-        output / "predictions.qml": lambda path: path.write_bytes(
-            qgis_style("predicted_label", colours, names)
-        ),
+        output / "predictions.qml": lambda path: path.write_bytes(style),
     }
     if picture is not None:
         figure = plot_map(to_ground(frame), classes, title, confusion)

@@ -97,9 +97,8 @@ def plot_confusion(
     # Room for the cells, in inches, and beside them for the longest of the names.
     side = max(2.8, len(mat) * float(np.clip(5 / len(mat), 0.27, 0.7)))
     below = max(label.get_window_extent().height for label in axis.get_xticklabels()) / figure.dpi
-    width = (
-        side + 0.75 + max(label.get_window_extent().width for label in axis.get_yticklabels()) / figure.dpi
-    )
+    beside = max(label.get_window_extent().width for label in axis.get_yticklabels()) / figure.dpi
+    width = side + 0.75 + beside
     heading = textwrap.wrap(title, int(width / 0.1))
     figure.set_size_inches(width, side + 0.75 + below + 0.22 * len(heading))
     if heading:
@@ -120,10 +119,8 @@ def plot_calibration(edges: np.ndarray, curves: Mapping[str, np.ndarray]) -> Fig
     for (name, (count, confidence, right)), colour in zip(curves.items(), (VAL_COLOUR, TRAIN_COLOUR)):
         filled = count > 0
         x, y = confidence[filled] / count[filled], right[filled] / count[filled]
-        tested = zip(right[filled], count[filled])
-        low, high = np.transpose(
-            [binomtest(int(k), int(n)).proportion_ci(method="wilson") for k, n in tested]
-        )
+        tests = [binomtest(int(k), int(n)) for k, n in zip(right[filled], count[filled])]
+        low, high = np.transpose([test.proportion_ci(method="wilson") for test in tests])
         interval = np.maximum([y - low, high - y], 0)
         axis.errorbar(x, y, interval, fmt="o-", color=colour, markersize=4, elinewidth=1, label=name)
     axis.bar(edges[:-1], count / count.sum(), 0.96 * np.diff(edges), align="edge", color="0.5", alpha=0.4)
@@ -186,9 +183,7 @@ def plot_attention(
     lower.set_ylabel(f"{H} heads each" if M > 1 else f"{H} heads")
     lower.invert_yaxis()
     lower.xaxis_date()
-    locator = mdates.AutoDateLocator()
-    lower.xaxis.set_major_locator(locator)
-    lower.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+    show_dates(lower)
     figure.colorbar(image, ax=lower, label=f"share per {f'{width} days' if width else 'date'}", aspect=12)
     figure.suptitle(heading, fontsize="medium", parse_math=False)
     figure.align_ylabels()
@@ -202,6 +197,13 @@ def _plot_spread(
     axis.plot(x, mean, ".-", color=colour)
     axis.fill_between(x, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     axis.grid(alpha=0.3)
+
+
+def show_dates(axis: matplotlib.axes.Axes) -> None:
+    """Marks an axis of days at months or the like, in few letters."""
+    locator = mdates.AutoDateLocator()
+    axis.xaxis.set_major_locator(locator)
+    axis.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
 
 
 def cell_edges(days: np.ndarray, width: int | None) -> np.ndarray:
@@ -225,9 +227,8 @@ def to_svg(figure: Figure) -> str:
     """A figure as an SVG element of a page: without background, and with what is black in the page's colour of text."""
     buffer = io.StringIO()
     # Text stays text; equal figures have equal ids, so that a page is the same whenever it is made.
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "figure", "font.sans-serif": "DejaVu Sans"}
-    ):
+    style = {"svg.fonttype": "none", "svg.hashsalt": "figure", "font.sans-serif": "DejaVu Sans"}
+    with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True)
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg[svg.index("<svg") :])  # which HTML knows

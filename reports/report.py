@@ -62,9 +62,7 @@ def write_report(res_dir: str | Path) -> Path:
         matrix=to_svg(plot_confusion(confusion, labels, "", run.class_names)) if matrices else None,
         calibration=_calibrate(_read_folds(res_dir, CALIBRATION)),
     )
-    write_bytes(
-        res_dir / REPORT, page.encode(errors="replace")
-    )  # a path may have letters of another encoding
+    write_bytes(res_dir / REPORT, page.encode(errors="replace"))  # paths may be of another encoding
     return res_dir / REPORT
 
 
@@ -124,10 +122,8 @@ def _describe_folds(
     K, every = len(tested), tested.sum(0)
     lacks = {"test": tested == 0}
     if K == run.training.kfold and K > 2:
-        next_part = (
-            (np.arange(K) + 1) % K if run.about.get("folds") else np.array([K - 1] * (K - 1) + [K - 2])
-        )
-        validated = tested[next_part]
+        as_published = [K - 1] * (K - 1) + [K - 2]
+        validated = tested[(np.arange(K) + 1) % K if run.about.get("folds") else as_published]
         lacks["training"] = every - tested - validated == 0
         for fold, single in zip(matrices, (validated > 0).sum(1) == 1):
             if single:
@@ -158,12 +154,10 @@ def _describe_classes(confusion: np.ndarray, labels: list[str], names: list[str]
         wrong = np.where(np.arange(len(labels)) == k, 0, confusion[k])
         other = int(wrong.argmax())
         share = wrong[other] / max(confusion[k].sum(), 1)
+        scores = {key: None if np.isnan(value) else value for key, value in per_class[str(k)].items()}
+        taken_for = f"{names[other] or labels[other]} ({share:.1%})" if share else ""
         row = {"label": label, "name": name, "parcels": int(confusion[k].sum())}
-        row["scores"] = {
-            score: None if np.isnan(value) else value for score, value in per_class[str(k)].items()
-        }
-        row["taken_for"] = f"{names[other] or labels[other]} ({share:.1%})" if share else ""
-        rows.append(row)
+        rows.append(row | {"scores": scores, "taken_for": taken_for})
     return rows
 
 

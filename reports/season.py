@@ -7,27 +7,24 @@ writes season.csv and season.png to the results folder RUN, of a model for varyi
 
 import common  # isort: skip  # noqa: F401  # before torch, see there
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.dates as mdates
 import numpy as np
 from matplotlib.figure import Figure
 
 from common.errors import UserError, as_user_error, run_cli
-from common.files import write_bytes
+from common.files import write_csv
 from common.flags import Parser, natural, positive
 from data.days import find_used, read_days
 from dataset import UNKNOWN
 from learning.metrics import accuracy, confusion_matrix, mean_iou
 from learning.predictions import join, predict
 from learning.run import Run, open_run
-from reports.plots import TRAIN_COLOUR, VAL_COLOUR, save_figure
+from reports.plots import TRAIN_COLOUR, VAL_COLOUR, save_figure, show_dates
 
 SEASON, PICTURE = "season.csv", "season.png"
 _STEP = 10  # days between two last dates where parcels have dates of their own
@@ -98,12 +95,12 @@ def follow_season(
         view = until.open_dataset(dataset.folder)
         found = join(list(predict(jury, view, run.data.classes, batch_size, num_workers, device)))
         fair = (found.targets != UNKNOWN) & (found.predicted != UNKNOWN) & ~found.seen
-        mat = confusion_matrix(
-            found.targets[fair], found.predicted[fair], labels=range(len(run.data.classes))
-        )
-        stages.append(Stage(day, int(fair.sum()), accuracy(mat), mean_iou(mat)))
+        true, predicted = found.targets[fair], found.predicted[fair]
+        mat = confusion_matrix(true, predicted, labels=range(len(run.data.classes)))
+        stage = Stage(day, int(fair.sum()), accuracy(mat), mean_iou(mat))
+        stages.append(stage)
         print(
-            f"until {day}: accuracy {100 * stages[-1].accuracy:.1f}%, mIoU {stages[-1].miou:.3f} on {fair.sum()} parcels"
+            f"until {day}: accuracy {100 * stage.accuracy:.1f}%, mIoU {stage.miou:.3f} on {stage.parcels} parcels"
         )
     return stages
 
@@ -113,15 +110,10 @@ def plot_season(stages: Sequence[Stage]) -> Figure:
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axis = figure.subplots()
     days = [stage.until for stage in stages]
-    for name, values, colour in (
-        ("accuracy", [stage.accuracy for stage in stages], TRAIN_COLOUR),
-        ("mIoU", [stage.miou for stage in stages], VAL_COLOUR),
-    ):
-        axis.plot(days, values, "o-", markersize=4, color=colour, label=name)
+    axis.plot(days, [stage.accuracy for stage in stages], "o-", ms=4, color=TRAIN_COLOUR, label="accuracy")
+    axis.plot(days, [stage.miou for stage in stages], "o-", ms=4, color=VAL_COLOUR, label="mIoU")
     axis.set(ylim=(0, 1), xlabel="last date that is used", title="Out of fold, all dates up to a day")
-    locator = mdates.AutoDateLocator()
-    axis.xaxis.set_major_locator(locator)
-    axis.xaxis.set_major_formatter(mdates.ConciseDateFormatter(locator))
+    show_dates(axis)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     return figure
@@ -143,11 +135,8 @@ def main() -> None:
     run = open_run(args.run)
     folder = args.dataset_folder and Path(args.dataset_folder)
     stages = follow_season(run, folder, args.device, args.batch_size, args.num_workers)
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["until", "parcels", "accuracy", "mIoU"])
-    table.writerows([f"{s.until:%Y%m%d}", s.parcels, f"{s.accuracy:.6g}", f"{s.miou:.6g}"] for s in stages)
-    write_bytes(run.folder / SEASON, text.getvalue().encode())
+    rows = ([f"{s.until:%Y%m%d}", s.parcels, f"{s.accuracy:.6g}", f"{s.miou:.6g}"] for s in stages)
+    write_csv(run.folder / SEASON, [("until", "parcels", "accuracy", "mIoU"), *rows])
     save_figure(run.folder / PICTURE, plot_season(stages))
     print(f"Season: {run.folder / SEASON}, {run.folder / PICTURE}")
 

@@ -5,8 +5,6 @@ any other class, no order by these probabilities brings more of them to the fron
 predicted class brings fewer, since it passes over labels that are out of question while two other classes are not.
 """
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.files import write_bytes
+from common.files import write_csv
 from learning.predictions import read_rows
 from reports.plots import save_figure, shorten
 
@@ -64,11 +62,8 @@ def write_suspects(table: Path, output: Path) -> str:
     """
     first = next(read_rows(table), {})
     suspects, n_looked_at = find_suspects(read_rows(table))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [name for name in COLUMNS if name in first or name == "true_probability"])
-    writer.writeheader()
-    writer.writerows(suspects)
-    write_bytes(output / SUSPECTS, text.getvalue().encode())
+    columns = [name for name in COLUMNS if name in first or name == "true_probability"]
+    write_csv(output / SUSPECTS, [columns, *([row[name] for name in columns] for row in suspects)])
     save_figure(output / PICTURE, plot_suspects(suspects, n_looked_at))
     return (
         f"{len(suspects)} of {n_looked_at} parcels with a known class are predicted as another, the surest first: "
@@ -88,9 +83,8 @@ def plot_suspects(suspects: Sequence[Row], n_looked_at: int) -> Figure:
         for row in suspects
     ]
     shown = [pair for pair, _ in Counter(pairs).most_common(_MOST_PAIRS)]
-    level = np.searchsorted(
-        [*LEVELS.values()], [float(row["true_probability"]) for row in suspects], side="right"
-    )
+    probabilities = [float(row["true_probability"]) for row in suspects]
+    level = np.searchsorted([*LEVELS.values()], probabilities, side="right")
     counts = np.zeros((len(shown), len(LEVELS)), np.int64)
     for pair, k in zip(pairs, level):
         if pair in shown:

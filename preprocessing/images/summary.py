@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from geopandas import GeoDataFrame, GeoSeries
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from shapely.geometry import box
@@ -16,6 +15,7 @@ from data.outlines import to_ground
 from preprocessing.images.grids import Grid
 from preprocessing.images.outlines import name_crs
 from reports.cartography import PALETTE, add_scale, fill_outlines, frame_panel
+from reports.plots import show_dates
 
 _BLANK = 0.01  # share of zeros that is worth a word
 
@@ -99,9 +99,7 @@ def plot_prepared(
     days = [datetime.strptime(str(row["date"]), "%Y%m%d") for row in rows]
     coverage.vlines(days, 0, [100 * (1 - row["missing"]) for row in rows], color=PALETTE[0], linewidth=3)
     coverage.set(ylim=(0, 100), ylabel="pixels seen (%)", title=f"{len(rows)} dates")
-    locator = AutoDateLocator()
-    coverage.xaxis.set_major_locator(locator)
-    coverage.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    show_dates(coverage)
     outlines = to_ground(table)
     frame_panel(panel, outlines.total_bounds)
     add_scale(panel, outlines.total_bounds)
