@@ -46,13 +46,10 @@ def unpack(archive: Path, folder: Path, checksum: str = "") -> list[Path]:
         inside.mkdir()
         with zipfile.ZipFile(archive) if archive.suffix == ".zip" else tarfile.open(archive) as file:
             most = min(MOST_BASE + MOST_GROWTH * archive.stat().st_size, shutil.disk_usage(folder).free)
-            for member in progress_bar(
-                _members(file, archive.name, most), f"unpacking {archive.name}", "files"
-            ):
-                if isinstance(file, tarfile.TarFile):
-                    file.extract(member, inside, filter="data")
-                else:
-                    file.extract(member, inside)
+            how = {"filter": "data"} if isinstance(file, tarfile.TarFile) else {}
+            members = _members(file, archive.name, most)
+            for member in progress_bar(members, f"unpacking {archive.name}", "files"):
+                file.extract(member, inside, **how)
         names = sorted(path.name for path in inside.iterdir())
         for name in names:
             if (folder / name).exists():
@@ -109,11 +106,8 @@ def _members(
             name, size, is_plain = member.name, member.size, member.isreg() or member.isdir()
         else:  # a zip's Unix modes also tell links and devices; other systems write none
             kind = stat.S_IFMT(member.external_attr >> 16)
-            name, size, is_plain = (
-                member.orig_filename,
-                member.file_size,
-                kind in (0, stat.S_IFREG, stat.S_IFDIR),
-            )
+            name, size = member.orig_filename, member.file_size
+            is_plain = kind in (0, stat.S_IFREG, stat.S_IFDIR)
         hostile = f"{archive} is hostile: it contains {name!r}"
         if name.startswith("/") or ".." in PurePosixPath(name).parts or any(c in name for c in "\\:\0"):
             raise UserError(f"{hostile}, outside its folder; nothing of it was kept.")

@@ -7,9 +7,8 @@ A format is a function in `preprocessing/formats/` that opens SOURCE and returns
 """
 
 import inspect
-import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, as_user_error, run_cli
-from common.files import check_new, write_bytes, write_folder
+from common.files import check_new, write_folder, write_json_line
 from common.flags import Parser
 from common.progress import progress_bar
 from data.metadata import check_norm
@@ -110,7 +109,7 @@ def convert(source: Source, out: Path, about: dict[str, Any], packed: bool = Fal
         (work / "META").mkdir()
         for name, content in contents.items():
             if content:
-                write_bytes(work / "META" / f"{name}.json", (json.dumps(content) + "\n").encode())
+                write_json_line(work / "META" / f"{name}.json", content)
         if norm is not None:
             write_norm(work / NORM, norm)
 
@@ -214,13 +213,11 @@ def make_folds(source: Source, ids: list[int], kept: list[int]) -> dict[str, Any
     members = defaultdict(list)
     for i in kept:
         members[source.groups[i]].append(ids[i])
-    splits = [
-        {
-            part: sorted(parcel for group in groups for parcel in members[group])
-            for part, groups in split.items()
-        }
-        for split in source.splits
-    ]
+
+    def parcels_of(groups: Collection[Hashable]) -> list[int]:
+        return sorted(parcel for group in groups for parcel in members[group])
+
+    splits = [{part: parcels_of(groups) for part, groups in split.items()} for split in source.splits]
     splits = [split for split in splits if all(split.values())]  # not all regions may have been downloaded
     return {"splits": splits} if splits else None
 

@@ -215,11 +215,10 @@ def next_step(what: str, folder: Path) -> str:
     found = next((path.parent for depth in depths for path in sorted(folder.glob(depth + inside))), None)
     if found is None:
         return f"Next: {folder} has no folder {inside}; look where it is, and give the folder around it to {script}"
+    path = shlex.quote(str(found))
     if what == "sentinel-agri":
-        return f"Next: python train.py --dataset_folder {shlex.quote(str(found))} --res_dir results/ltae"
-    return (
-        f"Next: python inference.py --weight_dir {shlex.quote(str(found))} --dataset_folder path/to/dataset"
-    )
+        return f"Next: python train.py --dataset_folder {path} --res_dir results/ltae"
+    return f"Next: python inference.py --weight_dir {path} --dataset_folder path/to/dataset"
 
 
 def main() -> None:

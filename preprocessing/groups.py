@@ -41,10 +41,8 @@ def read_groups(
     """
     first, *columns = named
     if not is_file(first):
-        first, found = (
-            f"column {' '.join(named)} of the outlines",
-            dict(zip(map(str, ids), outlines["group"])),
-        )
+        found = dict(zip(map(str, ids), outlines["group"]))
+        first = f"column {' '.join(named)} of the outlines"
     elif first.endswith(".json"):
         found = _read_json(Path(first))
     elif columns:

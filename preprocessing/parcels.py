@@ -35,10 +35,10 @@ def read_outlines(
         UserError: saying what of this the file lacks.
     """
     require_geo()
-    from preprocessing.images.outlines import read_parcels
+    from preprocessing.images.outlines import ids_in_file, read_parcels
 
     table = read_parcels(path, id_column=id_column, skip_invalid=True, group_columns=group_columns).table
-    names = table["parcel" if "parcel" in table else "id"].astype(str).tolist()
+    names = ids_in_file(table).tolist()
     ids = to_dataset_ids(names, own_ids or {})
     if ids != names:
         table["id"] = [-row if parcel is None else int(parcel) for row, parcel in enumerate(ids, start=1)]

@@ -8,9 +8,7 @@ written as PIXELS, without a file for each parcel.
 """
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import math
 import os
@@ -23,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from common.errors import UserError, as_user_error, run_cli
-from common.files import check_new, read_json, write_bytes, write_json
+from common.files import check_new, read_json, write_csv, write_json
 from common.flags import Parser, finite, positive
 from reports.plots import save_figure
 
@@ -41,9 +39,8 @@ class _Pattern(argparse.Action):
         flag: str | None = None,
     ) -> None:
         if len(values) > 1:
-            pattern = (
-                f"{os.path.commonprefix(values)}*{os.path.commonprefix([v[::-1] for v in values])[::-1]}"
-            )
+            end = os.path.commonprefix([value[::-1] for value in values])[::-1]
+            pattern = f"{os.path.commonprefix(values)}*{end}"
             parser.error(
                 f"{flag} is followed by {len(values)} names, {values[0]} and so on, as the shell makes of a pattern; put "
                 f"the pattern in quotes, such as {flag} '{pattern}'"
@@ -230,9 +227,7 @@ def _prepare(
     if parcels.classes:
         write_json(complete / "META" / "classes.json", {args.label_column: parcels.classes})
     left_out += report.left_out
-    rows = io.StringIO()
-    csv.writer(rows).writerows([("parcel", "reason"), *left_out])
-    write_bytes(complete / "META" / LEFT_OUT, rows.getvalue().encode())
+    write_csv(complete / "META" / LEFT_OUT, [("parcel", "reason"), *left_out])
     prepared = summarise(grids, report.dates, len(report.kept), left_out) | {"bands": bands, **units}
     write_json(complete / "META" / PREPARED, prepared)
     kept = parcels.table["id"].isin(report.kept).to_numpy()
@@ -258,9 +253,8 @@ def _tell(output: Path, summary: str) -> None:
 def _fingerprint(args: argparse.Namespace, images: list) -> str:
     """Changes whenever options, images or parcels do."""
     options = {name: value for name, value in vars(args).items() if name not in ("memory", "scheduler")}
-    files = {
-        source.path for image in images for source in (*image.bands, *([image.mask] if image.mask else []))
-    }
+    sources = [source for image in images for source in (*image.bands, image.mask) if source]
+    files = {source.path for source in sources}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
     for path in sorted({*files, args.parcels}):
         stat = Path(path).stat()

@@ -6,7 +6,6 @@ writes normalisation_values.pkl, META/sizes.json and, where META/parcels.gpkg ho
 what is there already stays, unless --overwrite is given.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -81,8 +80,8 @@ def geometrical_features(path: Path, sizes: dict[str, int]) -> dict[str, list[fl
     return dict(zip(ids, features(outlines, count / np.maximum(box, count)).tolist()))
 
 
-def parse_args() -> argparse.Namespace:
-    """Reads the command line."""
+def main() -> None:
+    """Command line: python -m preprocessing.statistics DIR."""
     parser = Parser(
         description="Mean and standard deviation, sizes and geometrical features of a dataset folder."
     )
@@ -92,12 +91,7 @@ def parse_args() -> argparse.Namespace:
     add("--per", choices=AXES, help=axes)
     add("--nodata", type=float, help="value of missing pixels; without it, that of META/info.json")
     add("--overwrite", action="store_true", help="also write what is there already")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Command line: python -m preprocessing.statistics DIR."""
-    args = parse_args()
+    args = parser.parse_args()
     folder = Path(args.folder)
     check_folder(folder)
     meta = folder / "META"
@@ -115,9 +109,7 @@ def main() -> None:
         return
     if not os.access(folder, os.W_OK):
         raise UserError(f"{folder} cannot be written; copy the dataset to where it can be.")
-    nodata = args.nodata
-    if nodata is None:
-        nodata = read_info(folder).get("nodata")
+    nodata = read_info(folder).get("nodata") if args.nodata is None else args.nodata
     found = open_store(folder, nodata=nodata) if is_packed(folder) else read_headers(folder)
     sizes = dict(zip(map(str, found.ids), found.sizes.tolist()))
     contents = {}

@@ -433,7 +433,7 @@ def test_a_stopped_run_goes_on_after_the_last_date(images, run, tmp_path, monkey
 
 def test_other_options_start_anew(images, run, tmp_path, monkeypatch):
     write_parcels(tmp_path / "parcels.gpkg", difficult_outlines())
-    monkeypatch.setattr(prepare, "write_bytes", lambda *_: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr(prepare, "write_csv", lambda *_: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         run("--bands 1")
     monkeypatch.undo()

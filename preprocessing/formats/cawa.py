@@ -17,9 +17,8 @@ def open_source(folder: Path) -> Source:
 
     path = require(folder / SERIES, "the table of series")
     with as_user_error(ValueError, prefix=f"{path} is no table of numbers and NA: "):
-        header, *lines = (
-            path.read_text(encoding="utf-8-sig").replace('"', "").replace("NA", "nan").splitlines()
-        )
+        text = path.read_text(encoding="utf-8-sig").replace('"', "").replace("NA", "nan")
+        header, *lines = text.splitlines()
         values = np.array([line.split(",") for line in lines], np.float64)
         days = to_numbers(np.datetime64(f"{YEAR}-01-01") + np.array(header.split(","), np.int64) - 1)
     path = require(folder / ATTRIBUTES, "the attributes of the parcels, part of their shapefile")

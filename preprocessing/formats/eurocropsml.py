@@ -39,9 +39,8 @@ def open_source(folder: Path, split: Path | None = None) -> Source:
     note = "one country after the other is left out for testing; --split FILE takes an official split"
     if split is not None:
         listed = read_json(split, 'an official split, {"train": [file, ...], "val": [...], "test": [...]}')
-        if not isinstance(listed, dict) or not all(
-            isinstance(listed.get(part), list) for part in PARTS.values()
-        ):
+        lists = [listed.get(key) for key in PARTS.values()] if isinstance(listed, dict) else [None]
+        if not all(isinstance(own, list) for own in lists):
             raise UserError(
                 f'--split {split} has no lists "train", "val" and "test"; give one for fine-tuning.'
             )
@@ -71,12 +70,8 @@ def open_source(folder: Path, split: Path | None = None) -> Source:
 def _class_names(folder: Path) -> dict[int, str]:
     """Names by class, from raw_data/labels beside preprocess; none where it is not there."""
     names = {}
-    tables = [
-        path
-        for place in folder.resolve().parents[:3]
-        for path in (place / "raw_data/labels").rglob("*.parquet")
-    ]
-    for path in tables:
+    places = [place / "raw_data/labels" for place in folder.resolve().parents[:3]]
+    for path in (path for place in places for path in place.rglob("*.parquet")):
         from pyarrow.parquet import read_table
 
         table = read_table(path, columns=["EC_hcat_c", "EC_hcat_n"])

@@ -12,15 +12,9 @@ RADAR = ("VV", "VH", "VV/VH")
 BANDS = {"S2": TEN_S2, "S1A": RADAR, "S1D": RADAR}
 CROPS = (
     *("Meadow", "Soft winter wheat", "Corn", "Winter barley", "Winter rapeseed", "Spring barley"),
-    *(
-        "Sunflower",
-        "Grapevine",
-        "Beet",
-        "Winter triticale",
-        "Winter durum wheat",
-        "Fruits, vegetables, flowers",
-    ),
-    *("Potatoes", "Leguminous fodder", "Soybeans", "Orchard", "Mixed cereal", "Sorghum"),
+    *("Sunflower", "Grapevine", "Beet", "Winter triticale", "Winter durum wheat"),
+    *("Fruits, vegetables, flowers", "Potatoes", "Leguminous fodder", "Soybeans", "Orchard"),
+    *("Mixed cereal", "Sorghum"),
 )
 VOID = 19
 PARTS = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}  # of the first split, folds counted from 0

@@ -176,24 +176,19 @@ def extract(layouts: Sequence[Layout], reading: Reading, folder: Path, memory: i
             dates = [date for date in layout.grid.dates if not plane_path(folder, g, date).exists()]
             images = layout.grid.images
             most = memory // 2 // ahead // (3 * len(images[0].bands) * _widest(images) + 16)
-            blocks = {}
+            blocks, todo = {}, []
             for image, place in zip(images, layout.grid.footprints):
                 key = place, block_shape(image, most)
                 if key not in blocks:
                     blocks[key] = sort_by_blocks(layout, *key, folder / f"order-{g}-{len(blocks)}")
-            todo = [
-                (image, blocks[place, block_shape(image, most)])
-                for image, place in zip(images, layout.grid.footprints)
-            ]
+                todo.append((image, blocks[key]))
             name = "reading" if len(layouts) == 1 else f"reading grid {g + 1}/{len(layouts)}"
             with progress_bar(None, name, "blocks") as bar:
                 bar.total = sum(len(each.windows) for image, each in todo if image.when in dates)
                 for date in dates:
                     parts = [(image, each) for image, each in todo if image.when == date]
-                    path = plane_path(folder, g, date)
-                    _extract_date(
-                        parts, len(layout.pixels), reading, path, partial(run_ahead, submit, ahead=ahead), bar
-                    )
+                    path, run = plane_path(folder, g, date), partial(run_ahead, submit, ahead=ahead)
+                    _extract_date(parts, len(layout.pixels), reading, path, run, bar)
 
 
 def plane_path(folder: Path, grid: int, when: When) -> Path:

@@ -11,6 +11,7 @@ from rasterio.transform import Affine
 from rasterio.windows import Window
 
 from common.errors import UserError
+from preprocessing.images.outlines import name_crs
 from preprocessing.images.scenes import Image, When
 
 _SIDE = 1024  # pixels of a block's side, unless memory asks for less
@@ -80,26 +81,18 @@ def place_images(images: Sequence[Image], same_date: str | None = None) -> list[
     first = images[0]
     by_crs: dict[str, list[Image]] = {}
     for image in images:
-        size, expected = (_pixel_size(each.header.transform) for each in (image, first))
+        transforms = image.header.transform, first.header.transform
+        size, expected = ((transform.a, -transform.e) for transform in transforms)
         if not np.allclose(size, expected, rtol=1e-6):
             raise UserError(
                 f"{image.bands[0].path} has pixels of {size[0]:g} x {size[1]:g}, {first.bands[0].path} of "
                 f"{expected[0]:g} x {expected[1]:g}; choose one with --resolution."
             )
-        by_crs.setdefault(_name(image.header.crs), []).append(image)
+        by_crs.setdefault(name_crs(image.header.crs), []).append(image)
     grids = [_mosaic(members) for members in by_crs.values()]
     for grid in grids:
         _keep_apart(grid, same_date)
     return grids
-
-
-def _name(crs: CRS) -> str:
-    """The same for all files of one coordinate system, however they write it."""
-    return str(crs.to_epsg() or crs.to_wkt())
-
-
-def _pixel_size(transform: Affine) -> tuple[float, float]:
-    return transform.a, -transform.e
 
 
 def _mosaic(images: list[Image]) -> Grid:
@@ -118,9 +111,8 @@ def _mosaic(images: list[Image]) -> Grid:
     footprints = [Footprint(r - row, c - column, height, width) for r, c, height, width in corners]
     height = max(place.row + place.height for place in footprints)
     width = max(place.column + place.width for place in footprints)
-    return Grid(
-        images[0].header.crs, origin @ Affine.translation(column, row), height, width, images, footprints
-    )
+    transform = origin @ Affine.translation(column, row)
+    return Grid(images[0].header.crs, transform, height, width, images, footprints)
 
 
 def _keep_apart(grid: Grid, same_date: str | None) -> None:

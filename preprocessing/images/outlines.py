@@ -82,28 +82,23 @@ def read_parcels(
         joined = [None if None in group else JOINT.join(map(str, group)) for group in groups]
         parcels["group"] = pandas.Series(joined, dtype=object)
     classes = _class_names(parcels["label"], table[class_column] if class_column else None, path)
-    left_out = []
-    empty = outlines.isna() | outlines.is_empty
-    if empty.any():
-        which = parcels[empty]
-        if not skip_invalid or empty.all():
-            raise UserError(
-                f"{path}: the outline of parcel {_name(which.iloc[0])} is empty or not an area "
-                f"({len(which)} such in all); expected polygons. Correct the file, or leave such "
-                "parcels out with --skip_invalid."
-            )
-        left_out += [(_name(row), "its outline is empty or not an area") for _, row in which.iterrows()]
+    own_ids, empty = ids_in_file(parcels), outlines.isna() | outlines.is_empty
+    if empty.any() and (not skip_invalid or empty.all()):
+        raise UserError(
+            f"{path}: the outline of parcel {own_ids[empty].iloc[0]} is empty or not an area ({empty.sum()} such in "
+            "all); expected polygons. Correct the file, or leave such parcels out with --skip_invalid."
+        )
     unknown = ~empty & (parcels.label.isna() if label_column else False)
     if label_column and (unknown | empty).all():
         raise UserError(f"{path}: column {label_column!r} is empty; choose another --label_column.")
-    left_out += [
-        (_name(row), f"no label in column {label_column!r}") for _, row in parcels[unknown].iterrows()
-    ]
+    left_out = [(name, "its outline is empty or not an area") for name in own_ids[empty]]
+    left_out += [(name, f"no label in column {label_column!r}") for name in own_ids[unknown]]
     return Parcels(parcels[~empty & ~unknown].reset_index(drop=True), left_out, classes)
 
 
-def _name(row: pandas.Series) -> str:
-    return str(row.get("parcel", row["id"]))
+def ids_in_file(parcels: GeoDataFrame) -> pandas.Series:
+    """Ids as text, as the file has them that the parcels were read from."""
+    return parcels["parcel" if "parcel" in parcels else "id"].astype(str)
 
 
 def _read_table(path: Path, columns: list[str], layer: str | None) -> GeoDataFrame:

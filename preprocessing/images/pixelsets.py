@@ -1,6 +1,5 @@
 """Cuts the pixels that were read into parcels, and writes what stands beside them."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import compress
@@ -12,14 +11,14 @@ from geopandas import GeoDataFrame
 from pyogrio import write_dataframe
 
 from common.errors import UserError
-from common.files import write_bytes, write_json
+from common.files import write_json, write_json_line
 from common.progress import progress_bar
 from data.moments import NORM, Moments, write_norm
 from data.packing import write_days, write_pixels
 from preprocessing.images.extract import Reading, is_missing, plane_path
 from preprocessing.images.grids import Grid
 from preprocessing.images.layout import Layout
-from preprocessing.images.outlines import GEOMFEAT, features, name_crs, to_metres
+from preprocessing.images.outlines import GEOMFEAT, features, ids_in_file, name_crs, to_metres
 from preprocessing.images.scenes import When
 
 
@@ -45,10 +44,8 @@ def check_overlap(table: GeoDataFrame, grids: Sequence[Grid], path: str) -> None
         bounds = table.geometry.to_crs(grid.crs).bounds.to_numpy()
         left, top = grid.transform @ (0, 0)
         right, bottom = grid.transform @ (grid.width, grid.height)
-        meets = (
-            (bounds[:, 0] < right) & (bounds[:, 2] > left) & (bounds[:, 1] < top) & (bounds[:, 3] > bottom)
-        )
-        if meets.any():
+        meets_columns = (bounds[:, 0] < right) & (bounds[:, 2] > left)
+        if (meets_columns & (bounds[:, 1] < top) & (bounds[:, 3] > bottom)).any():
             return
     here = ", ".join(f"{value:.6g}" for value in np.nanquantile(bounds, 0.5, axis=0))
     raise UserError(
@@ -56,11 +53,6 @@ def check_overlap(table: GeoDataFrame, grids: Sequence[Grid], path: str) -> None
         f"typical parcel is at {here}, the images are at {left:.6g}, {bottom:.6g}, {right:.6g}, {top:.6g} (left, bottom, right, top); "
         "check both coordinate systems."
     )
-
-
-def parcel_name(table: GeoDataFrame, parcel: int) -> str:
-    """Id of a parcel as in its file."""
-    return str(table["parcel" if "parcel" in table else "id"].iloc[parcel])
 
 
 def select(
@@ -78,13 +70,9 @@ def select(
         )
     after = f" after --buffer {buffer:g}" if buffer else ""
     few = f"fewer pixels than --min_pixels {min_pixels}{after}"
-    return [
-        (
-            parcel_name(table, parcel),
-            few if counts[parcel] else f"no pixel centre inside, or outside all images{after}",
-        )
-        for parcel in np.flatnonzero(counts < min_pixels)
-    ]
+    none = f"no pixel centre inside, or outside all images{after}"
+    left_out = counts < min_pixels
+    return [(name, few if n else none) for name, n in zip(ids_in_file(table)[left_out], counts[left_out])]
 
 
 def check_room(layouts: Sequence[Layout], n_channels: int, reading: Reading, folder: Path) -> None:
@@ -122,7 +110,7 @@ def write_dataset(
         packed: whether pixels are written to PIXELS, instead of DATA.
     """
     (folder / "META").mkdir(parents=True)
-    ids = table["id"].to_numpy()
+    ids, own_ids = table["id"].to_numpy(), ids_in_file(table).to_numpy()
     dates = {}
     for layout in layouts:
         dates |= dict(zip(ids[layout.parcels[layout.kept]], compress(layout.dates(), layout.kept)))
@@ -136,10 +124,9 @@ def write_dataset(
         for g, layout in enumerate(layouts):
             outlines = to_metres(table.geometry.iloc[layout.parcels], layout.grid.crs)
             described = features(outlines, layout.filled).tolist()
-            zero = {
-                image.when: reading.convert(np.zeros(1), image.units.offset) for image in layout.grid.images
-            }
-            zero = np.array([zero[when] for when in layout.grid.dates], reading.dtype)
+            offsets = {image.when: image.units.offset for image in layout.grid.images}
+            zero = [reading.convert(np.zeros(1), offsets[when]) for when in layout.grid.dates]
+            zero = np.array(zero, reading.dtype)
             counts = np.zeros((len(layout.grid.dates), 3), np.int64)
             for i, values in _cut(layout, g, folder.parent, memory // 6):
                 parcel = layout.parcels[i]
@@ -150,13 +137,12 @@ def write_dataset(
                 missing = is_missing(values, reading.fill)
                 bar.update()
                 if missing.all():
-                    left_out.append((parcel_name(table, parcel), "missing or under clouds on all dates"))
+                    left_out.append((own_ids[parcel], "missing or under clouds on all dates"))
                     continue
                 moments.add(values, missing)
                 blank = (values == zero[rows, None]).all(1) & ~missing
-                counts[rows] += np.stack(
-                    (np.full(len(values), missing.shape[1]), missing.sum(1), blank.sum(1)), axis=1
-                )
+                n_pixels = np.full(len(values), missing.shape[1])
+                counts[rows] += np.stack((n_pixels, missing.sum(1), blank.sum(1)), axis=1)
                 add(ids[parcel], values)
                 sizes[ids[parcel]], geometry[ids[parcel]] = values.shape[2], described[i]
             for when, count in zip(layout.grid.dates, counts):
@@ -205,12 +191,7 @@ def _write_dates(folder: Path, dates: dict[int, tuple[When, ...]], packed: bool)
         arrays = {whens: np.array(own, np.int32) for whens, own in numbers.items()}
         write_days(folder, [arrays[whens] for whens in dates.values()])
     else:
-        _write_by_parcel(path, {int(parcel): numbers[whens] for parcel, whens in dates.items()})
-
-
-def _write_by_parcel(path: Path, values: dict[Any, Any]) -> None:
-    """Writes JSON of many parcels, in one line: indenting takes many times as long, and much memory."""
-    write_bytes(path, (json.dumps(values) + "\n").encode())
+        write_json_line(path, {int(parcel): numbers[whens] for parcel, whens in dates.items()})
 
 
 def _write_meta(
@@ -226,10 +207,10 @@ def _write_meta(
     rows = table[table["id"].isin(sizes)].sort_values("id")
     keys = [str(parcel) for parcel in rows["id"]]
     outlines = rows.to_crs(crs)
-    _write_by_parcel(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
-    _write_by_parcel(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
+    write_json_line(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
+    write_json_line(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
     if nomenclature:
-        _write_by_parcel(meta / "labels.json", {nomenclature: dict(zip(keys, rows["label"]))})
+        write_json_line(meta / "labels.json", {nomenclature: dict(zip(keys, rows["label"]))})
     else:
         outlines = outlines.drop(columns="label")
     write_json(meta / "info.json", info | {"crs": name_crs(crs), "geomfeat": GEOMFEAT})

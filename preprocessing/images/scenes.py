@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.progress import progress_bar
 from preprocessing.images.headers import DATE, SUFFIXES, Header, Scene, Source, find_date, read_header
-from preprocessing.images.units import Facts, Units, find_units
+from preprocessing.images.units import Facts, Units, find_product, find_units
 
 _BAND = re.compile(r"(?<![A-Za-z0-9])B\d{1,2}A?(?![A-Za-z0-9])")  # as Sentinel-2 and Landsat name theirs
 _OFFSET_PROPERTIES = "s2:processing_baseline", "earthsearch:boa_offset_applied"  # of STAC items
@@ -144,8 +144,7 @@ def _group_files(paths: list[str], known: Sequence[str]) -> list[Scene]:
         key = os.path.join(os.path.dirname(path), key)
         if len(header.names) == 1:
             key = _RESOLUTION.sub("*", key)
-        product = next((str(folder) for folder in Path(path).parents if folder.suffix == ".SAFE"), None)
-        scene = scenes.setdefault(key, Scene(product or key, date, {}))
+        scene = scenes.setdefault(key, Scene(str(find_product(path) or key), date, {}))
         for name, source in found.items():
             for other, _, _ in scene.bands.setdefault(name, []):
                 if read_header(other).size == header.size:
@@ -165,11 +164,7 @@ def _band_in_name(stem: str, known: Sequence[str]) -> tuple[int, int]:
         return match.span()
     dates = [match.span() for pattern in (DATE, _RESOLUTION) for match in pattern.finditer(stem)]
     words = [match.span() for match in re.finditer(r"[^_.\s]+", stem)]
-    words = [
-        (start, stop)
-        for start, stop in words
-        if not any(start < end and begin < stop for begin, end in dates)
-    ]
+    words = [(a, b) for a, b in words if not any(a < end and start < b for start, end in dates)]
     return words[-1] if words else (0, len(stem))
 
 
@@ -190,9 +185,8 @@ def _read_stac(path: Path) -> list[Scene]:
             scene = Scene(f"{name} of {path}", date, {}, Facts(baseline, applied))
             for key, asset in item["assets"].items():
                 if _OTHER_ROLES.isdisjoint({key, *asset.get("roles", ())}):
-                    scene.bands.update(
-                        {name: [source] for name, source in _read_asset(key, asset, path).items()}
-                    )
+                    found = _read_asset(key, asset, path)
+                    scene.bands.update({name: [source] for name, source in found.items()})
             scenes.append(scene)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise UserError(
@@ -251,10 +245,8 @@ def _choose(scene: Scene, names: Sequence[str], mask_band: str | None, resolutio
     grid = next((header for header in headers.values() if header.size == aim), None)
     grid = grid or min(headers.values(), key=lambda header: header.size).resampled(aim)
     for path, header in headers.items():
-        if (
-            header.crs != grid.crs
-            or (abs(header.bounds - grid.bounds) > max(header.size, grid.size) / 2).any()
-        ):
+        apart = abs(header.bounds - grid.bounds).max()
+        if header.crs != grid.crs or apart > max(header.size, grid.size) / 2:
             raise UserError(
                 f"{path} and {bands[0].path} are bands of one image but differ in coordinate system, size or place; "
                 "resample them to one grid with gdalwarp, or choose others with --bands."

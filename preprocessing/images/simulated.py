@@ -78,9 +78,8 @@ def _write(folder: Path, parcels: int, seed: int, progress: bool) -> None:
     crops = [draw_crop(index, rng) for index in range(parcels)]
     outlines = [draw_outline(*divmod(index, side), rng) for index in range(parcels)]
     columns = {"parcel": range(1, parcels + 1), "crop": [crop.name for crop in crops]}
-    geopandas.GeoDataFrame(columns, geometry=outlines, crs=CRS).to_file(
-        folder / "parcels.gpkg", driver="GPKG"
-    )
+    table = geopandas.GeoDataFrame(columns, geometry=outlines, crs=CRS)
+    table.to_file(folder / "parcels.gpkg", driver="GPKG")
     width, height = side * CELL, -(-parcels // side) * CELL
     clouds = [_draw_clouds(share, height, width, rng) for share in CLOUDINESS]
     with ExitStack() as stack:
@@ -101,9 +100,8 @@ def _create(folder: Path, date: int, height: int, width: int) -> DatasetWriter:
     form = {"driver": "GTiff", "height": height, "width": width, "count": C + 1, "dtype": "uint16"}
     place = {"crs": CRS, "transform": from_origin(*_ORIGIN, 10, 10)}
     tiles = {"tiled": True, "blockxsize": STRIP, "blockysize": STRIP, "interleave": "band"}
-    file = rasterio.open(
-        folder / f"sim_{date}.tif", "w", **form, **place, **tiles, compress="deflate", predictor=2
-    )
+    tiles |= {"compress": "deflate", "predictor": 2}
+    file = rasterio.open(folder / f"sim_{date}.tif", "w", **form, **place, **tiles)
     file.descriptions = (*BANDS, "CLOUD")
     return file
 

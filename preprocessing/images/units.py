@@ -7,7 +7,6 @@ not be cut off at 0. Providers take it away again, or not.
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +50,8 @@ def find_units(name: str, bands: Sequence[Any], facts: Facts) -> Units:
     """
     declared = {band.declared for band in bands}
     if len(declared) > 1:
-        return Units(
-            doubt=f"the bands of image {name} have different scales or offsets, {sorted(declared, key=str)}"
-        )
+        told = sorted(declared, key=str)
+        return Units(doubt=f"the bands of image {name} have different scales or offsets, {told}")
     scale, shift = declared.pop() or (None, None)
     found = {}
     if scale is not None:
@@ -70,10 +68,14 @@ def find_units(name: str, bands: Sequence[Any], facts: Facts) -> Units:
     return Units(scale or 1e-4, offset, why)  # Sentinel-2 counts in ten thousandths
 
 
+def find_product(path: str) -> Path | None:
+    """The folder of the Sentinel-2 product that a file belongs to, if it does."""
+    return next((folder for folder in Path(path).parents if folder.suffix == ".SAFE"), None)
+
+
 def _from_product(path: str, baseline: str | None) -> dict[str, float]:
     """The offset by a Sentinel-2 product's metadata and by its baseline."""
-    product = next((folder for folder in Path(path).parents if folder.suffix == ".SAFE"), None)
-    found = {}
+    product, found = find_product(path), {}
     if product and (numbers := _read_metadata(product)):
         found["the product's metadata"] = numbers[0]
     names = _BASELINE.findall(path)
@@ -133,14 +135,13 @@ def choose_units(
         image._replace(units=Units(scale, image.units.offset or 0.0, image.units.why)) for image in images
     ]
     unit = 1.0 if scale is not None else next(iter(scales), None)
-    assumed = []
-    for (added, why), group in groupby(
-        sorted(images, key=lambda image: image.units[1:3]), lambda image: image.units[1:3]
-    ):
-        dates = [image.date for image in group]
-        assumed.append(
-            {"offset": added, "why": why, "images": len(dates), "first": min(dates), "last": max(dates)}
-        )
+    dates: dict[tuple[float, str], list[int]] = {}
+    for image in images:
+        dates.setdefault(image.units[1:3], []).append(image.date)
+    assumed = [
+        {"offset": added, "why": why, "images": len(own), "first": min(own), "last": max(own)}
+        for (added, why), own in sorted(dates.items())
+    ]
     return images, unit, assumed
 
 

@@ -103,6 +103,5 @@ def mix_spectra(crop: Crop, cover: np.ndarray, soil: float = 1, season: Season =
     return plants + (cover[:, 3] * dryness * soil)[:, None] * SOIL
 
 
-TYPICAL = np.stack(
-    [mix_spectra(crop, ground_cover(crop)) for crop in CROPS]
-)  # in the published season, (20, T, C)
+# In the published season, (20, T, C).
+TYPICAL = np.stack([mix_spectra(crop, ground_cover(crop)) for crop in CROPS])

@@ -22,7 +22,6 @@ class Parcel(NamedTuple):
     label: int
     pixels: np.ndarray  # reflectances x 10000, (T, C, S) uint16; 0 for what is missing
     geometry: list[float]  # see draw_geometry
-    dates: list[int]  # YYYYMMDD
 
 
 def draw_geometry(size: int, rng: Generator) -> list[float]:
@@ -76,15 +75,14 @@ def simulate_parcel(
         season: its dates and their weather.
         gaps: whether pixels under clouds or shadows are missing.
     """
-    rng = np.random.default_rng(
-        (seed, index) if season.year == PUBLISHED_YEAR else (seed, index, season.year)
-    )
+    year = () if season.year == PUBLISHED_YEAR else (season.year,)
+    rng = np.random.default_rng((seed, index, *year))
     crop = draw_crop(index, rng)
     size = round(np.exp(np.interp(rng.random(), QUANTILES, np.log(SIZES))))
     size = size if max_pixels is None else min(size, max_pixels)
     geometry = draw_geometry(size, rng)
     pixels = draw_pixels(crop, size, geometry[0], rng, True, season, gaps)
-    return Parcel(crop.code, pixels, geometry, season.dates)
+    return Parcel(crop.code, pixels, geometry)
 
 
 def draw_pixels(
