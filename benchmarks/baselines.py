@@ -6,6 +6,7 @@ Flags on data are those of train.py; those on batches and devices change nothing
 take as scikit-learn does: at every split of a tree they go to the side where they help more.
 """
 
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from common.errors import UserError, run_cli
 from common.flags import Parser, natural, positive
 from common.progress import progress_bar
 from data.folds import Split, fold_splits, read_folds
+from data.settings import DataSettings
 from dataset import PixelSetData
 from learning.metrics import confusion_matrix_analysis
 from learning.options import TEMPORAL, add_data_options, resolve_data
+from learning.run import Training
 from preprocessing.simulate import embedded_dataset
 
 SCORES = "Accuracy", "MACRO_IoU", "MACRO_F1-score"
@@ -68,6 +71,33 @@ def cross_validate(
     return np.array([overall[name] for name in SCORES])
 
 
+def fold_parser(description: str, seeds: int) -> Parser:
+    """A parser of the flags on data, as those of train.py, and on folds and seeds.
+
+    Dates are taken as the dataset has them, and nothing is done to them in training.
+    """
+    parser = Parser(description=description)
+    add_data_options(parser)
+    parser.add_argument("--kfold", type=positive, default=Training.kfold, help="number of random folds")
+    parser.add_argument("--folds", help="file of folds instead, as in train.py")
+    parser.add_argument("--rdm_seed", type=natural, default=1, help="first seed")
+    parser.add_argument("--seeds", type=positive, default=seeds, help="number of seeds")
+    parser.set_defaults(npixel=None, varying_dates=False, season_start=None, **dict.fromkeys(TEMPORAL, 0))
+    return parser
+
+
+def open_data(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
+    """The dataset that flags of `fold_parser` name, the embedded one without, and how it is read."""
+    return resolve_data(args, Path(args.dataset_folder or embedded_dataset()))[:2]
+
+
+def make_splits(args: argparse.Namespace, dataset: PixelSetData, seed: int) -> list[Split]:
+    """The folds of a seed, as train.py makes them."""
+    if args.folds:
+        return read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), seed)
+    return fold_splits(len(dataset), args.kfold, seed)
+
+
 def describe(scores: np.ndarray) -> str:
     """Mean and, of several seeds, standard error of scores (seeds, 3) in words."""
     means, n = scores.mean(0), len(scores)
@@ -81,34 +111,20 @@ def describe(scores: np.ndarray) -> str:
 
 def main() -> None:
     """Prints the scores of both, over all folds together, as mean and standard error over seeds."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    add_data_options(parser)
-    parser.add_argument("--kfold", type=positive, default=5, help="number of folds")
-    parser.add_argument("--folds", help="file of folds instead of random ones, as in train.py")
-    parser.add_argument(
-        "--rdm_seed", type=natural, default=1, help="first seed, of random folds and of trees"
-    )
-    parser.add_argument("--seeds", type=positive, default=1, help="number of seeds")
+    parser = fold_parser(__doc__.splitlines()[0], seeds=1)
     parser.add_argument("--trees", type=positive, default=500, help="trees of the forest")
     parser.add_argument("--only", choices=list(MODELS), help="leave out the other")
-    parser.set_defaults(npixel=1, varying_dates=False, season_start=None, **dict.fromkeys(TEMPORAL, 0))
     args = parser.parse_args()
-    dataset, settings, _ = resolve_data(args, Path(args.dataset_folder or embedded_dataset()))
+    dataset, settings = open_data(args)
     features, n_classes = mean_features(dataset), len(settings.classes)
     seeds = range(args.rdm_seed, args.rdm_seed + args.seeds)
     for name in [args.only] if args.only else MODELS:
         scores = []
         for seed in seeds:
-            if args.folds:
-                splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), seed)
-            else:
-                splits = fold_splits(len(dataset), args.kfold, seed)
-            model = MODELS[name](args.trees, seed)
+            splits, model = make_splits(args, dataset, seed), MODELS[name](args.trees, seed)
             scores.append(cross_validate(model, features, dataset.target, splits, n_classes))
-        print(
-            f"{name}, {len(splits)} folds together, {len(seeds)} seed(s): {describe(np.array(scores))}",
-            flush=True,
-        )
+        how = f"{name}, {len(splits)} folds together, {len(seeds)} seed(s)"
+        print(f"{how}: {describe(np.array(scores))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.plain import PlainClassifier, PlainPixelSets
-from common.machine import recursive_todevice, set_seeds
+from common.machine import set_seeds
 from data.draws import stream_key
 from data.samplers import BatchSampler
 from data.settings import CLASSES_20, DataSettings
@@ -26,6 +26,7 @@ from preprocessing.simulate import simulate
 DEFAULT, LARGEST = "LTAE/112k", "LTAE/3840k"
 N_CLASSES = len(CLASSES_20)
 JITTER = (0.01, 0.05)  # sigma and clip
+CPU = torch.device("cpu")
 
 
 class Setting(NamedTuple):
@@ -41,7 +42,6 @@ class Setting(NamedTuple):
     temporal_shift: int = 0
     preset: str = DEFAULT
     seed: int = 1  # of all draws
-    device: str = "cpu"  # of the model
 
     def count_pairs(self, case: str) -> int:
         """The (parcel, date) pairs that a case goes through; simulated pixels are 0 where missing."""
@@ -54,17 +54,17 @@ class Cases:
     """A training, and each part of it that is measured. Both forms begin with the same weights."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.device = setting, torch.device(setting.device)
+        self.setting = setting
         options = {name: getattr(setting, name) for name in ("temporal_dropout", "temporal_shift")}
         options["jitter"] = JITTER if setting.jitter else None
         self.dataset = PixelSetData.for_run(setting.folder, setting.data, **options)
         self.dataset.set_norm(find_norm(self.dataset)[0])
         self.plain = PlainPixelSets(self.dataset) if setting.textbook else None
-        self.batch, self.target = recursive_todevice(next(iter(self.in_order(self.dataset))), self.device)
+        self.batch, self.target = next(iter(self.in_order(self.dataset)))
         data = DataShape.of(self.dataset, N_CLASSES)
         set_seeds(stream_key("weights", setting.seed) % 2**63)
         model = resolve_architecture({}, read_preset(setting.preset), data).build().apply(weight_init)
-        freeze_idle_biases(model.to(self.device))
+        freeze_idle_biases(model)
         self.model = PlainClassifier(model) if setting.textbook else model
         self.optimizer = torch.optim.Adam(model.parameters(), fused=not setting.textbook)
         self.criterion, self._epochs = FocalLoss(1), itertools.count()
@@ -103,12 +103,12 @@ class Cases:
 
     def train(self) -> None:
         """An epoch of training, end to end."""
-        train_epoch(self.model, self.optimizer, self.criterion, self.epoch(), self.device, N_CLASSES)
+        train_epoch(self.model, self.optimizer, self.criterion, self.epoch(), CPU, N_CLASSES)
 
     def evaluate(self, dataset: PixelSetData | None = None) -> dict[str, Any]:
         """A pass over the dataset, or another one, in evaluation mode; what `evaluation` finds."""
         loader = self.in_order(dataset or self.dataset)
-        return evaluation(self.model, self.criterion, loader, self.device, N_CLASSES)[0]
+        return evaluation(self.model, self.criterion, loader, CPU, N_CLASSES)[0]
 
 
 def write_folder(folder: Path, parcels: int, npixel: int, dates: tuple[int, int] | None, gaps: bool) -> str:

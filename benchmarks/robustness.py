@@ -79,11 +79,9 @@ def print_table(folder: Path, sizes: tuple[int, int, tuple[int, ...], int], pres
             for _ in progress_bar(range(epochs), f"{name}, seed {seed}", "epochs"):
                 cases.train()
             runs.append([test(cases, paths) for paths in tests.values()])
-        columns = (
-            "not possible" if None in column else "{:.1f} / {:.3f}".format(*np.mean(column, axis=0))
-            for column in zip(*runs)
-        )
-        print(f"| {name} | {' | '.join(columns)} |", flush=True)
+        means = [None if None in column else np.mean(column, axis=0) for column in zip(*runs)]
+        cells = ["not possible" if mean is None else "{:.1f} / {:.3f}".format(*mean) for mean in means]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def test(cases: Cases, paths: Sequence[Path]) -> tuple[float, float] | None:

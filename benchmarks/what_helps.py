@@ -13,7 +13,7 @@ import argparse
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from benchmarks.baselines import fold_parser, make_splits, open_data
 from common.errors import run_cli
 from common.files import read_json, write_json
-from common.flags import Parser, natural, positive
-from common.machine import count_workers, keep_freed_memory, set_seeds
-from common.processes import rank
+from common.flags import positive
+from common.machine import keep_freed_memory
 from common.progress import progress_bar
-from data.draws import stream_key
-from data.folds import Split, fold_splits, read_folds
-from data.samplers import BatchSampler, RankBatches, evaluation_batch
-from dataset import PixelSetData, batch_loader
-from learning.crossvalidation import new_model
+from data.folds import Split
+from dataset import PixelSetData
+from learning.crossvalidation import Machine, begin_epoch, held_out_batches, new_model
 from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
 from learning.focal_loss import LOSSES, FocalLoss
-from learning.options import TEMPORAL, add_data_options, resolve_architecture, resolve_data
+from learning.options import resolve_architecture
 from learning.run import Run, Training
 from models.architecture import DataShape
-from preprocessing.simulate import embedded_dataset
 
 # By name, what differs from the paper's recipe: flags of train.py, and the share of the pixel-set encoder's output that is
 # dropped.
@@ -79,9 +76,8 @@ class SmoothedFocalLoss(FocalLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """As that of `FocalLoss`, of logits (B, K)."""
         p = (-cross_entropy(input.detach(), target, reduction="none")).exp()
-        return (
-            (1 - p) ** self.gamma * cross_entropy(input, target, reduction="none", label_smoothing=0.1)
-        ).mean()
+        smoothed = cross_entropy(input, target, reduction="none", label_smoothing=0.1)
+        return ((1 - p) ** self.gamma * smoothed).mean()
 
 
 def class_weights(targets: np.ndarray, n_classes: int) -> Tensor:
@@ -96,9 +92,7 @@ def register(targets: np.ndarray, n_classes: int) -> None:
     weights = class_weights(targets, n_classes)
     LOSSES["smoothed"] = SmoothedFocalLoss
     LOSSES["weighted"] = lambda gamma: FocalLoss(gamma, weights)
-    OPTIMIZERS["adamw"] = lambda parameters, lr: torch.optim.AdamW(
-        parameters, lr, weight_decay=0.1, fused=True
-    )
+    OPTIMIZERS["adamw"] = partial(torch.optim.AdamW, weight_decay=0.1, fused=True)
     SCHEDULES["cosine"] = lambda epoch, epochs: (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
 
@@ -110,7 +104,7 @@ def drop_in_pse(model: nn.Module, share: float) -> None:
 
 
 def train_first_fold(
-    dataset: PixelSetData, split: Split, run: Run, dropped: float, workers: int, name: str
+    dataset: PixelSetData, split: Split, run: Run, dropped: float, machine: Machine, name: str
 ) -> Scores:
     """Trains as `learning.crossvalidation.train_fold` does, and tests the best, the last and the averaged weights.
 
@@ -119,28 +113,19 @@ def train_first_fold(
         split: indices of training, validation and test parcels.
         run: settings.
         dropped: see `drop_in_pse`.
-        workers: loading processes.
+        machine: the CPU, and most loading processes.
         name: what the progress bar says.
     """
-    training, seed, n_classes = run.training, run.data.seed, run.architecture.n_classes
+    training, n_classes = run.training, run.architecture.n_classes
     model = new_model(run, 1, CPU)
     if dropped:
         drop_in_pse(model, dropped)
     optimizer = OPTIMIZERS[training.optimizer](model.parameters(), training.lr)
     criterion, averaged, best = LOSSES[training.loss](training.gamma), AveragedModel(model), (-1.0, {})
-    fixed, n = dataset.evaluation(seed), evaluation_batch(CPU, training.batch_size)
-    val, test = (
-        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers) for part in split[1:]
-    )
+    val, test = held_out_batches(dataset, split, run, machine)
+    draws = dataset.epoch_draws(run.data.seed, 1, 0)
     for epoch in progress_bar(range(1, training.epochs + 1), name, "epochs"):
-        set_seeds(stream_key("dropout", seed, 1, epoch, rank()) % 2**63)
-        for group in optimizer.param_groups:
-            group["lr"] = training.lr * SCHEDULES[training.schedule](epoch, training.epochs)
-        order = BatchSampler(
-            split[0], training.batch_size, stream_key("order", seed, 1, epoch), drop_single=True
-        )
-        draws = dataset.epoch_draws(seed, 1, epoch)
-        loader = batch_loader(draws, RankBatches(order, divide=True), workers)
+        loader = begin_epoch(draws, optimizer, split[0], run, 1, epoch, machine)
         train_epoch(model, optimizer, criterion, loader, CPU, n_classes, name="")
         score = evaluation(model, criterion, val, CPU, n_classes, name="")[0]["val_IoU"]
         if score >= best[0]:
@@ -161,12 +146,10 @@ def train_first_fold(
 def make_run(args: argparse.Namespace, seed: int, changes: dict[str, Any]) -> tuple[PixelSetData, Run]:
     """The dataset and the settings of a training that differs in some of `TRAININGS`."""
     args = argparse.Namespace(**vars(args) | changes | {"rdm_seed": seed})
-    dataset, settings, _ = resolve_data(args, Path(args.dataset_folder or embedded_dataset()))
+    dataset, settings = open_data(args)
     sizes = {name: value for name, value in changes.items() if name == "pooling"}
     architecture = resolve_architecture(sizes, {}, DataShape.of(dataset, len(settings.classes)))
-    known = {field.name for field in fields(Training)}
-    training = Training.from_config({k: v for k, v in vars(args).items() if k in known})
-    return dataset, Run(Path(), settings, architecture, training)
+    return dataset, Run(Path(), settings, architecture, Training.from_config(vars(args)))
 
 
 def format_table(results: dict[str, dict[str, Scores]]) -> str:
@@ -181,45 +164,32 @@ def format_table(results: dict[str, dict[str, Scores]]) -> str:
             continue
         error = scores.std(0, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else (math.nan,) * 2
         sign = "" if row == PAPER else "+"
-        cells = (
-            f"{mean:{sign}.{digits}f} +- {e:.{digits}f}"
-            for mean, e, digits in zip(scores.mean(0), error, (2, 4))
-        )
+        columns = zip(scores.mean(0), error, (2, 4))
+        cells = (f"{mean:{sign}.{digits}f} +- {e:.{digits}f}" for mean, e, digits in columns)
         lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Trains what the file of results lacks, then prints the table."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    add_data_options(parser)
+    parser = fold_parser(__doc__.splitlines()[0], seeds=5)
     parser.add_argument("--res_file", default="what_helps.json", help="file of the scores, which is taken up")
-    parser.add_argument("--seeds", type=positive, default=5, help="trainings of each kind")
-    parser.add_argument("--rdm_seed", type=natural, default=1, help="first seed")
     parser.add_argument("--epochs", type=positive, default=Training.epochs, help="of a training")
-    parser.add_argument("--kfold", type=positive, default=Training.kfold, help="number of random folds")
-    parser.add_argument("--folds", help="file of folds instead, as in train.py")
     parser.add_argument("--only", nargs="+", choices=list(TRAININGS), default=list(TRAININGS), metavar="NAME",
                         help=f"trainings, of {', '.join(TRAININGS)}")  # fmt: skip
-    parser.set_defaults(
-        npixel=None, batch_size=Training.batch_size, varying_dates=False, season_start=None,
-        **dict.fromkeys(TEMPORAL, 0),
-    )  # fmt: skip
+    parser.set_defaults(batch_size=Training.batch_size)
     args = parser.parse_args(words)
     keep_freed_memory()
-    workers, file = count_workers(args.num_workers), Path(args.res_file)
+    machine, file = Machine(CPU, args.num_workers), Path(args.res_file)
     results = read_json(file, "scores that this command wrote") if file.exists() else {}
     for seed in range(args.rdm_seed, args.rdm_seed + args.seeds):
         found = results.setdefault(str(seed), {})
         for name in (name for name in args.only if name not in found):
             dataset, run = make_run(args, seed, TRAININGS[name])
-            if args.folds:
-                split = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), seed)[0]
-            else:
-                split = fold_splits(len(dataset), args.kfold, seed)[0]
+            split = make_splits(args, dataset, seed)[0]
             register(dataset.target[split[0]], run.architecture.n_classes)
             dropped = TRAININGS[name].get("dropout", 0.0)
-            found[name] = train_first_fold(dataset, split, run, dropped, workers, f"{name}, seed {seed}")
+            found[name] = train_first_fold(dataset, split, run, dropped, machine, f"{name}, seed {seed}")
             write_json(file, results)
     print(format_table(results))
 

@@ -159,17 +159,14 @@ class Calibration:
         for sums, temperature in zip(self.sums, (1.0, self.temperature)):
             confidence, predicted = (logits.detach().double() / temperature).softmax(1).max(1)
             confidence = confidence.nan_to_num(0)
-            bins = (
-                (confidence * N_BINS).long().clamp(max=N_BINS - 1)
-            )  # a confidence of 1 belongs to the last bin
+            bins = (confidence * N_BINS).long().clamp(max=N_BINS - 1)  # 1 belongs to the last one
             values = torch.stack([torch.ones_like(confidence), confidence, (predicted == target).double()])
             sums.index_add_(1, bins, values)
 
     def summary(self) -> dict[str, Any]:
         """What calibration.json holds, of all processes: the temperature, bin edges (N_BINS + 1), and of each bin count,
         sum of confidence and number right, as predicted and, under "calibrated", after division by the temperature."""
-        before, after = (
-            dict(zip(("count", "confidence", "right"), sums.tolist())) for sums in add_up(self.sums)
-        )
+        names = "count", "confidence", "right"
+        before, after = (dict(zip(names, sums)) for sums in add_up(self.sums).tolist())
         edges = [i / N_BINS for i in range(N_BINS + 1)]
         return {"temperature": self.temperature, "edges": edges, **before, "calibrated": after}

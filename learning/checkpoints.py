@@ -1,7 +1,5 @@
 """Training that can go on: what a fold has reached is on disk after every epoch, complete."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -10,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +32,6 @@ from learning.results import (
 )
 from learning.run import Run, Training, read_run
 from models.weights import CHECKPOINT, load_weights, read_checkpoint
-
-if TYPE_CHECKING:
-    pass
 
 STATE = "last.pth.tar"
 # What may differ when a run goes on: where things are, and what does not change results.
@@ -63,8 +58,7 @@ class FoldProgress:
         self.log: Log = {}
         self._best = b""
         path = folder / STATE
-        state = share_bytes(lambda: path.read_bytes() if path.exists() else b"")
-        if state:
+        if state := share_bytes(lambda: path.read_bytes() if path.exists() else b""):
             self._restore(path, state)
 
     def finish_epoch(self, scores: dict[str, float]) -> bool:

@@ -13,6 +13,7 @@ from common.processes import is_main, n_ranks, rank
 from common.progress import Clock, format_scores
 from data.draws import stream_key
 from data.folds import Split
+from data.loader import Loader
 from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import PixelSetData, batch_loader
 from learning.calibration import (
@@ -46,6 +47,11 @@ class Machine(NamedTuple):
     num_workers: int = 0
     display_step: int = 50
     cuda_graph: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Loading processes to use."""
+        return count_workers(self.num_workers)
 
     def graph_obstacle(self, dataset: PixelSetData) -> str | None:
         """Why training steps cannot be replayed; None if they can."""
@@ -103,9 +109,7 @@ def train_folds(
         tests.append(test)
         if is_main():
             after_fold(logs)
-    if is_main() and len(finished) == len(
-        splits
-    ):  # the process that finished the last one may have been killed
+    if is_main() and len(finished) == len(splits):  # what finished the last one may have been killed
         after_fold(logs)
     return tests, clock
 
@@ -120,44 +124,29 @@ def train_fold(
     Returns:
         The test metrics, and the log of the epochs.
     """
-    training, seed, n_classes, device = (
-        run.training,
-        run.data.seed,
-        run.architecture.n_classes,
-        machine.device,
-    )
-    folder, batch_size = fold_folder(run.folder, fold), training.batch_size
-    workers = count_workers(machine.num_workers)
+    training, n_classes, device = run.training, run.architecture.n_classes, machine.device
+    folder = fold_folder(run.folder, fold)
     model = new_model(run, fold, device)
     optimizer = OPTIMIZERS[training.optimizer](model.parameters(), training.lr)
     criterion = LOSSES[training.loss](training.gamma)
-    train, val, test = split
-    fixed, n = dataset.evaluation(seed), evaluation_batch(dataset.device, batch_size)
-    val_loader, test_loader = (
-        batch_loader(fixed, RankBatches(BatchSampler(part, n), divide=False), workers, device)
-        for part in (val, test)
-    )
-    draws = dataset.epoch_draws(seed, fold, 0)  # those of the epochs come into its memory
+    train, val, _ = split
+    val_loader, test_loader = held_out_batches(dataset, split, run, machine)
+    draws = dataset.epoch_draws(run.data.seed, fold, 0)  # those of the epochs come into its memory
     replayed = None
     if machine.cuda_graph and not all("capturable" in group for group in optimizer.param_groups):
         print(
             f"--cuda_graph: {type(optimizer).__name__} is not known to be capturable, so steps are taken one by one"
         )
     elif machine.cuda_graph:
-        replayed = ReplayedSteps(optimizer, batch_size, n_classes, device)
+        replayed = ReplayedSteps(optimizer, training.batch_size, n_classes, device)
     progress = FoldProgress(folder, model, optimizer)
     if progress.epoch:
         clock.skip(progress.epoch)
         print(f"Resuming: fold {fold} after epoch {progress.epoch}")
     for epoch in range(progress.epoch + 1, training.epochs + 1):
         dataset.store.check_unchanged()
-        set_seeds(stream_key("dropout", seed, fold, epoch, rank()) % 2**63)
-        for group in optimizer.param_groups:
-            group["lr"] = training.lr * SCHEDULES[training.schedule](epoch, training.epochs)
         name = f"Fold {fold}/{training.kfold}  epoch {epoch}/{training.epochs}"
-        order = BatchSampler(train, batch_size, stream_key("order", seed, fold, epoch), drop_single=True)
-        draws.redraw(seed, fold, epoch)
-        loader = batch_loader(draws, RankBatches(order, divide=True), workers, device)
+        loader = begin_epoch(draws, optimizer, train, run, fold, epoch, machine)
         scores = train_epoch(
             model, optimizer, criterion, loader, device, n_classes, machine.display_step, name, replayed
         )
@@ -185,6 +174,32 @@ def train_fold(
         flush=True,
     )
     return metrics, progress.log
+
+
+def held_out_batches(dataset: PixelSetData, split: Split, run: Run, machine: Machine) -> list[Loader]:
+    """The batches of a fold's validation and of its test parcels, which are drawn once for all epochs."""
+    fixed, n = dataset.evaluation(run.data.seed), evaluation_batch(dataset.device, run.training.batch_size)
+    orders = (RankBatches(BatchSampler(part, n), divide=False) for part in split[1:])
+    return [batch_loader(fixed, order, machine.workers, machine.device) for order in orders]
+
+
+def begin_epoch(
+    draws: PixelSetData,
+    optimizer: torch.optim.Optimizer,
+    train: Sequence[int],
+    run: Run,
+    fold: int,
+    epoch: int,
+    machine: Machine,
+) -> Loader:
+    """Sets seed and learning rate of an epoch, and gives the batches of its training parcels, drawn anew in `draws`."""
+    training, words = run.training, (run.data.seed, fold, epoch)
+    set_seeds(stream_key("dropout", *words, rank()) % 2**63)
+    for group in optimizer.param_groups:
+        group["lr"] = training.lr * SCHEDULES[training.schedule](epoch, training.epochs)
+    order = BatchSampler(train, training.batch_size, stream_key("order", *words), drop_single=True)
+    draws.redraw(*words)
+    return batch_loader(draws, RankBatches(order, divide=True), machine.workers, machine.device)
 
 
 def new_model(run: Run, fold: int, device: torch.device) -> nn.Module:

@@ -85,6 +85,10 @@ def known_encoders() -> dict[str, Encoder]:
     return ENCODERS
 
 
+# Settings that all encoders share and that have the same name as a flag.
+_SHARED = ("input_dim", "mlp1", "pooling", "mlp2", "n_extra", "mlp4", "positions", "date_positions", "grid")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A classifier's description; the defaults are those of the published weights.
@@ -159,19 +163,8 @@ class Architecture:
         """What `to_dict` made of an architecture; a name that is not there has its published default."""
         encoder = chosen_encoder(config)
         config = default_settings(encoder) | dict(config)
-        shared = (
-            "input_dim",
-            "mlp1",
-            "pooling",
-            "mlp2",
-            "n_extra",
-            "mlp4",
-            "positions",
-            "date_positions",
-            "grid",
-        )
         sizes = {name: config[name] for name in known_encoders()[encoder].sizes}
-        return cls(encoder, **{name: config[name] for name in shared}, n_dates=config["lms"], sizes=sizes)
+        return cls(encoder, **{name: config[name] for name in _SHARED}, n_dates=config["lms"], sizes=sizes)
 
 
 @dataclass(frozen=True)
@@ -223,8 +216,7 @@ def default_settings(encoder: str = DEFAULT_ENCODER) -> dict[str, Any]:
     """The published default of every setting, under the names of the flags; of sizes, those of an encoder win."""
     kinds = known_encoders()
     shared = Architecture()
-    names = ("input_dim", "mlp1", "pooling", "mlp2", "n_extra", "mlp4", "positions", "date_positions", "grid")
-    settings = {name: getattr(shared, name) for name in names}
+    settings = {name: getattr(shared, name) for name in _SHARED}
     settings |= {"lms": shared.n_dates, "num_classes": shared.n_classes, **dict.fromkeys(flags(), False)}
     for kind in [*reversed([k for k in kinds.values() if k.name != encoder]), kinds[encoder]]:
         settings |= {name: size.default for name, size in kind.sizes.items()}

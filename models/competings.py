@@ -62,9 +62,8 @@ class GRU(nn.Module):
         if torch.compiler.is_compiling() and not torch.is_grad_enabled():  # exported
             return self._by_dates(x, present)
         lengths = torch.tensor(count_dates(present, n_dates)).clamp(min=1)
-        lengths, order = lengths.sort(
-            descending=True, stable=True
-        )  # here, or else the host would wait for a GPU
+        # Sorted here, or else the host would wait for a GPU.
+        lengths, order = lengths.sort(descending=True, stable=True)
         there, back = (send(index, x.device) for index in (order, order.argsort()))
         packed = pack_padded_sequence(x.index_select(0, there), lengths, batch_first=True)
         return self.gru_cell(packed)[1][0].index_select(0, back)  # the state after each parcel's last date
@@ -121,9 +120,8 @@ class TempConv(nn.Module):
                 f"TempCNN: grid lists {len(grid)} days but seq_len is {seq_len}; they must agree."
             )
         self.seq_len = seq_len
-        self.register_buffer(
-            "grid", None if grid is None else torch.tensor(grid, dtype=torch.float32), persistent=False
-        )
+        days = None if grid is None else torch.tensor(grid, dtype=torch.float32)
+        self.register_buffer("grid", days, persistent=False)
         self.output_dim = nfc[-1]
         self.position_enc = positional_table(positions, input_size)
         layers: list[nn.Module] = []
@@ -139,13 +137,9 @@ class TempConv(nn.Module):
         present: Tensor | None = None,
         n_dates: Sequence[int] | None = None,
     ) -> Tensor:
-        """Encodes x (B, L, input_size) as (B, nfc[-1]); without a grid, L must be seq_len and every date present.
+        """Encodes x (B, L, input_size) as (B, nfc[-1]); days, present and n_dates as in `LTAE.forward`.
 
-        Args:
-            x: (B, L, input_size).
-            days: of each date, (B, L); needed with a grid.
-            present: whether each date is there, (B, L); None if all are.
-            n_dates: how many of each parcel are, B numbers, if the host knows them.
+        Without a grid, L must be seq_len and every date present; with one, days are needed.
         """
         if self.grid is not None:
             if days is None:

@@ -91,17 +91,7 @@ class TemporalAttentionEncoder(nn.Module):
         present: Tensor | None = None,
         n_dates: Sequence[int] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Encodes a series.
-
-        Args:
-            x: (B, L, in_channels).
-            days: of each date, (B, L); None for those the encoder was made for.
-            present: whether each date is there, (B, L); None if all are.
-            n_dates: how many of each parcel are, B numbers, if the host knows them.
-
-        Returns:
-            (B, n_neurons[-1]); with return_att also the attention (H, B, L).
-        """
+        """Encodes x (B, L, in_channels) as (B, n_neurons[-1]); all else as in `LTAE.forward`."""
         x = self.position_enc(self.inlayernorm(x), days)  # before the projection, unlike L-TAE
         if self.inconv is not None:
             x = self.inconv(x, present, n_dates)
@@ -133,9 +123,8 @@ class MultiHeadAttention(nn.Module):
         q = self.fc2(self.fc1_q(mean_date(x, present))).view(B, self.n_head, self.d_k)
         W = self.fc1_k.weight.view(self.n_head, self.d_k, E)
         master = torch.einsum("hke,bhk->bhe", W, q)  # W_h^T q_h, one vector per parcel and head
-        attention = attention_weights(
-            x @ master.transpose(1, 2), self.d_k, self.dropout, present
-        )  # (B, L, H)
+        scores = x @ master.transpose(1, 2)  # (B, L, H)
+        attention = attention_weights(scores, self.d_k, self.dropout, present)
         return (attention.transpose(1, 2) @ x).reshape(B, -1), attention
 
 
