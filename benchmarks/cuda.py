@@ -16,7 +16,6 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -29,6 +28,7 @@ from common.flags import Parser
 from common.machine import prepare_device
 from common.progress import progress_bar
 from data.samplers import BatchSampler, evaluation_batch
+from data.settings import DataSettings
 from dataset import PixelSetData, batch_loader, find_norm
 from learning.engine import OPTIMIZERS, ReplayedSteps, evaluation, train_epoch
 from learning.focal_loss import FocalLoss
@@ -41,16 +41,8 @@ from reports.figure2 import all_configurations
 PARCELS, BATCH_SIZE = 115_021, 128  # of Sentinel2-Agri, and of the published training
 IMITATED_KERNELS = 190  # of a training step, at most, as tests/test_cuda.py counts them without a GPU
 ROOT = Path(__file__).parent.parent
-
-
-class Sizes(NamedTuple):
-    """Parcels of an epoch, and steps that are timed of each configuration of Figure 2."""
-
-    parcels: int
-    steps: int
-
-
-NORMAL, QUICK = Sizes(PARCELS, 100), Sizes(1000, 4)
+# Parcels of an epoch, and steps that are timed of each configuration of Figure 2.
+NORMAL, QUICK = (PARCELS, 100), (1000, 4)
 
 
 def main() -> None:
@@ -66,7 +58,7 @@ def main() -> None:
     device = torch.device("cuda", 0)
     rows, failed = run_tests()
     prepare_device(device)
-    rows += measure(device, QUICK if args.quick else NORMAL)
+    rows += measure(device, *(QUICK if args.quick else NORMAL))
     title = f"{torch.cuda.get_device_name(device)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}"
     table = "\n".join([title, "", "| what | found |", "|---|---:|", *(f"| {a} | {b} |" for a, b in rows), ""])
     print(table)
@@ -82,9 +74,8 @@ def run_tests() -> tuple[list[tuple[str, str]], int]:
     """Runs the tests marked gpu; a row for each, and how many failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        files = [
-            path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()
-        ]
+        every = sorted((ROOT / "tests").glob("test_*.py"))
+        files = [path for path in every if "mark.gpu" in path.read_text()]
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-W", "default", f"--junitxml={report}"]
         subprocess.run([*command, "--continue-on-collection-errors", *map(str, files)], cwd=ROOT)
         if not report.exists():
@@ -98,52 +89,45 @@ def run_tests() -> tuple[list[tuple[str, str]], int]:
     return rows, n_failed
 
 
-def measure(device: torch.device, sizes: Sizes) -> list[tuple[str, str]]:
+def measure(device: torch.device, parcels: int, steps: int) -> list[tuple[str, str]]:
     """Rows of the table: epochs, kernels, memory."""
+    rows = []
+
+    def add(what: str, found: str) -> None:
+        rows.append((what, found))
+
     with tempfile.TemporaryDirectory() as folder:
         simulate(Path(folder) / "data", 100, 1, progress=False)
-        small = PixelSetData(Path(folder) / "data", "label_44class", 64, None, extra_feature="geomfeat")
-        labels = sorted(set(small.target.tolist()))
-        small = PixelSetData(Path(folder) / "data", "label_44class", 64, labels, extra_feature="geomfeat")
+        small = PixelSetData.for_run(Path(folder) / "data", DataSettings())
         small.set_norm(find_norm(small)[0])
-        dataset = enlarge(small, sizes.parcels, device)
-        rows = [("pixels in GPU memory, GB", f"{dataset.store._on_device.nbytes / 1e9:.1f}")]
-        n_steps = -(-sizes.parcels // BATCH_SIZE)
+        dataset = enlarge(small, parcels, device)
+        add("pixels in GPU memory, GB", f"{dataset.store._on_device.nbytes / 1e9:.1f}")
+        n_steps = -(-parcels // BATCH_SIZE)
         for name, replay in (("one by one", False), ("as a CUDA graph", True)):
             training = Training(dataset, DEFAULT, replay)
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            seconds = [sum(training.run(sizes.parcels)) for _ in range(3)]
-            rows.append(
-                (f"training epoch of {sizes.parcels:,} parcels, steps {name}, s", f"{median(seconds):.2f}")
-            )
+            seconds = [sum(training.run(parcels)) for _ in range(3)]
+            add(f"training epoch of {parcels:,} parcels, steps {name}, s", f"{median(seconds):.2f}")
             peak = torch.cuda.max_memory_allocated() - before
-            rows.append((f"peak memory beside the pixels, steps {name}, GB", f"{peak / 1e9:.2f}"))
+            add(f"peak memory beside the pixels, steps {name}, GB", f"{peak / 1e9:.2f}")
         eager = Training(dataset, DEFAULT, False)
-        rows.append(("evaluation epoch, s", f"{median(eager.evaluate() for _ in range(3)):.2f}"))
-        kernels = eager.count_kernels()
-        rows.append(
-            (f"kernels of a training step (at most {IMITATED_KERNELS} on the imitation)", f"{kernels:.0f}")
-        )
+        add("evaluation epoch, s", f"{median(eager.evaluate() for _ in range(3)):.2f}")
+        kernels = f"{eager.count_kernels():.0f}"
+        add(f"kernels of a training step (at most {IMITATED_KERNELS} on the imitation)", kernels)
         for textbook, name in ((False, "this code"), (True, "textbook form")):
-            seconds = eager.time_model(textbook, sizes.steps)
-            rows.append(
-                (f"forward, loss, backward of a batch that is there, {name}, ms", f"{1e3 * seconds:.2f}")
-            )
+            seconds = eager.time_model(textbook, steps)
+            add(f"forward, loss, backward of a batch that is there, {name}, ms", f"{1e3 * seconds:.2f}")
         for preset in progress_bar(all_configurations(), "Figure 2", "configurations"):
             times = []
             for replay in (False, True):
                 training = Training(dataset, preset, replay)
                 training.run(8 * BATCH_SIZE)
-                draws, steps = training.run(sizes.steps * BATCH_SIZE)
-                times.append(draws + steps * n_steps / sizes.steps)
-            rows.append(
-                (
-                    f"training epoch, extrapolated, {preset}, s, one by one / as a graph",
-                    "{:.2f} / {:.2f}".format(*times),
-                )
-            )
-        return rows
+                drawing, stepping = training.run(steps * BATCH_SIZE)
+                times.append(drawing + stepping * n_steps / steps)
+            found = "{:.2f} / {:.2f}".format(*times)
+            add(f"training epoch, extrapolated, {preset}, s, one by one / as a graph", found)
+    return rows
 
 
 def enlarge(small: PixelSetData, parcels: int, device: torch.device) -> PixelSetData:
@@ -167,10 +151,8 @@ class Training:
 
     def __init__(self, dataset: PixelSetData, preset: str, replay: bool) -> None:
         self.dataset, self.device, self.epoch = dataset, dataset.device, 0
-        shape = DataShape.of(dataset, N_CLASSES)
-        self.model = (
-            resolve_architecture({}, read_preset(preset), shape).build().apply(weight_init).to(self.device)
-        )
+        sizes = resolve_architecture({}, read_preset(preset), DataShape.of(dataset, N_CLASSES))
+        self.model = sizes.build().apply(weight_init).to(self.device)
         self.optimizer = OPTIMIZERS["adam"](self.model.parameters(), 0.001)
         self.criterion, self.drawn = FocalLoss(1), dataset.epoch_draws(0)
         self.replayed = ReplayedSteps(self.optimizer, BATCH_SIZE, N_CLASSES, self.device) if replay else None
@@ -183,11 +165,8 @@ class Training:
         self.drawn.redraw(self.epoch)
         torch.cuda.synchronize()
         drawn = perf_counter()
-        loader = batch_loader(
-            self.drawn,
-            BatchSampler(range(min(parcels, len(self.drawn))), BATCH_SIZE, self.epoch, drop_single=True),
-            0,
-        )
+        some = range(min(parcels, len(self.drawn)))
+        loader = batch_loader(self.drawn, BatchSampler(some, BATCH_SIZE, self.epoch, drop_single=True), 0)
         what = self.model, self.optimizer, self.criterion, loader, self.device, N_CLASSES
         train_epoch(*what, replayed=self.replayed)
         torch.cuda.synchronize()
@@ -209,10 +188,9 @@ class Training:
         for steps in (10, 20):
             with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
                 self.run(steps * BATCH_SIZE)
-            events = (
-                event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA
-            )
-            counts.append(sum(not event.name.startswith(("Memcpy", "Memset")) for event in events))
+            on_gpu = torch.autograd.DeviceType.CUDA
+            names = [event.name for event in found.events() if event.device_type == on_gpu]
+            counts.append(sum(not name.startswith(("Memcpy", "Memset")) for name in names))
         return (counts[1] - counts[0]) / 10
 
     def time_model(self, textbook: bool, steps: int) -> float:

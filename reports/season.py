@@ -124,13 +124,12 @@ def main() -> None:
     parser = Parser(
         description="Scores of a model against the last date that is used: season.csv and season.png."
     )
-    parser.add_argument("run", metavar="RUN", help="results folder of train.py, of a model for varying dates")
-    parser.add_argument("--dataset_folder", help="dataset with labels; without it that of the training")
-    parser.add_argument("--batch_size", type=positive, default=128, help="parcels per batch")
-    parser.add_argument("--num_workers", type=natural, default=8, help="most loading processes")
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N; without it CUDA if there is a GPU, else the CPU"
-    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="results folder of train.py, of a model for varying dates")
+    add("--dataset_folder", help="dataset with labels; without it that of the training")
+    add("--batch_size", type=positive, default=128, help="parcels per batch")
+    add("--num_workers", type=natural, default=8, help="most loading processes")
+    add("--device", help="cpu, cuda or cuda:N; without it CUDA if there is a GPU, else the CPU")
     args = parser.parse_args()
     run = open_run(args.run)
     folder = args.dataset_folder and Path(args.dataset_folder)

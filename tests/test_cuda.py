@@ -573,7 +573,7 @@ def test_the_benchmark_of_a_gpu_runs(log: Log, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cuda, "all_configurations", lambda: ["TempCNN/14k"])
     monkeypatch.setattr(cuda.Training, "count_kernels", lambda self: 7)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    rows = dict(cuda.measure(CUDA, cuda.Sizes(parcels=10, steps=2)))
+    rows = dict(cuda.measure(CUDA, parcels=10, steps=2))
     assert any("10" in name and "graph" in name for name in rows) and any(
         "TempCNN/14k" in name for name in rows
     )
