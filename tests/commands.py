@@ -1,5 +1,6 @@
 """Runs the two scripts inside the test process, as their command lines would."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,6 +11,9 @@ import pytest
 import inference
 import train
 from common.errors import run_cli
+from learning.predictions import read_rows
+
+Predict = Callable[..., Path]  # see the fixture `predict`
 
 
 def run_command(main: Callable[[], None], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +44,14 @@ def run_inference(
     command = f"--dataset_folder {folder} --weight_dir {weight_dir} --output_dir {output} {options}"
     run_command(inference.main, command, monkeypatch)
     return output
+
+
+def read_table(output: Path) -> list[dict[str, str]]:
+    """The lines of predictions.csv in an output folder."""
+    return list(read_rows(output / "predictions.csv"))
+
+
+def read_temperatures(res_dir: Path) -> list[float]:
+    """The temperatures of the three folds of a results folder."""
+    paths = [res_dir / f"Fold_{k}" / "calibration.json" for k in (1, 2, 3)]
+    return [json.loads(path.read_text())["temperature"] for path in paths]

@@ -1,7 +1,8 @@
 """Settings of the whole suite: no display, one thread, and GPU tests that say when they are skipped."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 # Before anything imports matplotlib; commands under test inherit it.
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -25,6 +26,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):  # not by keywords, among which folders are too
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def predict(
+    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Predicts a module's `folder` by its `weights`, or others, with options; gives the output folder."""
+    from tests.commands import run_inference
+
+    def run(options: str = "", data: Path = folder, run: Path = weights, name: str = "out") -> Path:
+        return run_inference(data, run, tmp_path / name, options, monkeypatch)
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from data.settings import DataSettings
 from learning.predictions import Predictions, Telling, read_rows
 from learning.run import open_run
 from reports.areas import write_areas
-from tests.commands import run_inference, run_train
+from tests.commands import Predict, read_table, run_train
 from tests.folders import write_folder, write_meta
 
 geopandas = pytest.importorskip("geopandas")
@@ -44,16 +44,14 @@ def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run_train(folder, tmp_path_factory.mktemp("run") / "res", "--epochs 1", monkeypatch)
 
 
-def test_table_suspects_and_areas(
-    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_table_suspects_and_areas(predict: Predict, tmp_path: Path) -> None:
     options = f"--doubt 0.4 --map {tmp_path / 'map.png'}"
-    output = run_inference(folder, weights, tmp_path / "out", options, monkeypatch)
+    output = predict(options)
     with open(output / "predictions.csv", newline="") as file:
         header = next(csv.reader(file))
     told = ["parcel", "true_name", "predicted_name", "doubt"]
     assert header == [*FIRST, *told, *(f"probability_{label}" for label in (1, 3, 9))]
-    rows = list(read_rows(output / "predictions.csv"))
+    rows = read_table(output)
     doubts = [row["doubt"] for row in rows]
     for row, doubt in zip(rows, doubts):
         assert row["parcel"] == f"A{row['id']}" and doubt == str(int(float(row["confidence"]) < 0.4))
@@ -70,9 +68,8 @@ def test_table_suspects_and_areas(
     areas = list(read_rows(output / "areas.csv"))
     assert [(row["label"], row["name"]) for row in areas] == [("1", "Wheat"), ("3", "Maize"), ("9", "9")]
     predicted = [row["predicted_label"] for row in rows]
-    hole = (
-        4 * 900 * np.sin(np.pi / 32) * 8 / 10_000
-    )  # of the first square: a polygon of 64 corners, radius 30 m
+    # Of the first square: a polygon of 64 corners, radius 30 m.
+    hole = 4 * 900 * np.sin(np.pi / 32) * 8 / 10_000
     for row in areas:
         n = predicted.count(row["label"])
         assert int(row["parcels"]) == n and float(row["share"]) == pytest.approx(n / 15, abs=1e-6)
@@ -81,22 +78,16 @@ def test_table_suspects_and_areas(
     assert sum(float(row["share_of_hectares"]) for row in areas) == pytest.approx(1, abs=1e-5)
 
 
-def test_in_python_they_are_the_same_words(folder: Path, weights: Path, tmp_path: Path) -> None:
+def test_in_python_they_are_the_same_words(folder: Path, weights: Path, predict: Predict) -> None:
     predicted = open_run(weights).predict(folder, device="cpu")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        output = run_inference(folder, weights, tmp_path / "out", "", monkeypatch)
-    rows = list(read_rows(output / "predictions.csv"))
+    rows = read_table(predict())
     for name, column in predicted.told.items():
         assert [row[name] for row in rows] == list(map(str, column))
     assert predicted.told["parcel"][:2] == ["A1", "A2"] and "predicted_name" in predicted.told
 
 
 def test_outlines_of_the_agency_itself(
-    folder: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    folder: Path, predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """With its ids, in another order, one missing and one more, moved so that they can be told from the dataset's."""
     table = geopandas.read_file(folder / "META" / "parcels.gpkg").rename(columns={"parcel": "FIELD"})
@@ -104,14 +95,14 @@ def test_outlines_of_the_agency_itself(
     table.loc[0, "FIELD"] = "B77"
     table[::-1].to_file(tmp_path / "agency.gpkg")
     options = f"--parcels {tmp_path / 'agency.gpkg'} --id_column FIELD"
-    output = run_inference(folder, weights, tmp_path / "out", options, monkeypatch)
+    output = predict(options)
     said = capsys.readouterr().out
     assert "1 of 15 parcels have none" in said and "1 are of no parcel" in said
     frame = geopandas.read_file(output / "predictions.gpkg").set_index("parcel")
     assert sorted(frame.index) == sorted(f"A{i}" for i in range(2, 16))
     for own, outline in zip(table["FIELD"], table.geometry):
         assert own == "B77" or frame.loc[own].geometry.equals(outline)
-    rows = {row["parcel"]: row for row in read_rows(output / "predictions.csv")}
+    rows = {row["parcel"]: row for row in read_table(output)}
     assert all(frame.loc[own, "predicted_label"] == rows[own]["predicted_label"] for own in frame.index)
 
 

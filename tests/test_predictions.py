@@ -1,6 +1,5 @@
 """learning/predictions.py and data/parts.py: each parcel predicted by classifiers that did not learn from it."""
 
-import csv
 import io
 import json
 import shutil
@@ -20,7 +19,7 @@ from learning.calibration import Calibration, Logits, fit_temperature
 from learning.predictions import OUTPUTS, Jury, Predictions
 from learning.run import open_run
 from reports import season
-from tests.commands import run_command, run_inference, run_train
+from tests.commands import Predict, read_table, read_temperatures, run_command, run_train
 from tests.folders import write_folder, write_meta
 
 CLASSES = [1, 3, 9]
@@ -38,11 +37,6 @@ def weights(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         return run_train(folder, tmp_path_factory.mktemp("run") / "res", "--epochs 3", monkeypatch)
 
 
-def read_table(output: Path) -> list[dict[str, str]]:
-    with open(output / "predictions.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def confusion(output: Path) -> np.ndarray:
     rows = np.load(output / "Predictions_id_ytrue_y_pred.npy")
     mat = np.zeros((3, 3), np.int64)
@@ -56,13 +50,9 @@ def held_out_by() -> list[str]:
 
 
 def test_the_score_of_the_training_dataset_is_that_of_the_training(
-    folder: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    weights: Path, predict: Predict, capsys: pytest.CaptureFixture
 ) -> None:
-    output = run_inference(folder, weights, tmp_path / "out", "", monkeypatch)
+    output = predict()
     total = sum(load_arrays(weights / f"Fold_{k}" / "conf_mat.pkl") for k in (1, 2, 3))
     np.testing.assert_array_equal(confusion(output), total)
     overall = json.loads((weights / "overall.json").read_text())
@@ -83,9 +73,7 @@ def test_probabilities_are_those_of_the_fold_at_its_temperature(folder: Path, we
         run.load(device="cpu"),
     )
     members = ensemble.member_log_probabilities(dataset.batch(range(21))[0])
-    temperatures = [
-        json.loads((weights / f"Fold_{k}" / "calibration.json").read_text())["temperature"] for k in (1, 2, 3)
-    ]
+    temperatures = read_temperatures(weights)
     assert len(set(temperatures)) == 3
     for i, fold in enumerate(map(int, held_out_by())):
         expected = (members[fold - 1, i] / temperatures[fold - 1]).softmax(0)
@@ -97,9 +85,7 @@ def test_probabilities_are_those_of_the_fold_at_its_temperature(folder: Path, we
     assert together.predicted.tolist() == members.mean(0).argmax(1).tolist()
 
 
-def test_a_parcel_is_known_wherever_its_folder_lies(
-    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_parcel_is_known_wherever_its_folder_lies(folder: Path, predict: Predict, tmp_path: Path) -> None:
     """Only if id, dates, number of pixels and first pixel are the same: next year's parcels are new."""
     other = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
     expected = held_out_by()
@@ -113,26 +99,22 @@ def test_a_parcel_is_known_wherever_its_folder_lies(
         table = content["label_44class"] if name == "labels" else content
         table["99"] = table.pop("9")
         write_meta(other, name, content)
-    rows = read_table(run_inference(other, weights, tmp_path / "out", "", monkeypatch))
+    rows = read_table(predict(data=other))
     by = {row["id"]: row["predicted_by"] for row in rows}
     assert {parcel for parcel, who in by.items() if who == "all"} == {"4", "7", "99"}
     assert all(by[str(i + 1)] == expected[i] for i in range(21) if i + 1 not in (4, 7, 9))
     dates = json.loads((other / "META" / "dates.json").read_text())
     write_meta(other, "dates", {key: int(value) + 10_000 for key, value in dates.items()})  # a year later
-    rows = read_table(run_inference(other, weights, tmp_path / "later", "", monkeypatch))
+    rows = read_table(predict(data=other, name="later"))
     assert {row["predicted_by"] for row in rows} == {"all"}
 
 
 def test_parcels_that_no_fold_held_out_are_marked_and_left_out_of_scores(
-    folder: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    weights: Path, predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     part = Path(shutil.copytree(weights, tmp_path / "part"))
     shutil.rmtree(part / "Fold_2")  # as after an interruption
-    output = run_inference(folder, part, tmp_path / "out", "", monkeypatch)
+    output = predict(run=part)
     expected = ["seen" if by == "2" else by for by in held_out_by()]
     assert [row["predicted_by"] for row in read_table(output)] == expected
     printed = capsys.readouterr().out
@@ -141,21 +123,17 @@ def test_parcels_that_no_fold_held_out_are_marked_and_left_out_of_scores(
 
 
 def test_folds_of_older_runs_are_rebuilt_and_checked(
-    folder: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    weights: Path, predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     old = Path(shutil.copytree(weights, tmp_path / "old"))
     (old / PARTS).unlink()
     for k in (1, 2, 3):
         (old / f"Fold_{k}" / "calibration.json").unlink()
-    output = run_inference(folder, old, tmp_path / "out", "", monkeypatch)
+    output = predict(run=old)
     assert [row["predicted_by"] for row in read_table(output)] == held_out_by()
     config = json.loads((old / "conf.json").read_text())
     (old / "conf.json").write_text(json.dumps(config | {"data_key": "0123456789abcdef"}))
-    output = run_inference(folder, old, tmp_path / "other", "", monkeypatch)
+    output = predict(run=old, name="other")
     assert {row["predicted_by"] for row in read_table(output)} == {"all"}
     assert "nothing tells what they learned from" in capsys.readouterr().out
 
@@ -186,29 +164,21 @@ def test_fingerprints_differ_and_survive_copying(folder: Path, tmp_path: Path) -
 
 
 def test_damaged_parts_are_reported(
-    folder: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    weights: Path, predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     bad = Path(shutil.copytree(weights, tmp_path / "bad"))
     (bad / PARTS).write_bytes((bad / PARTS).read_bytes()[:50])
     with pytest.raises(SystemExit) as end:
-        run_inference(folder, bad, tmp_path / "out", "", monkeypatch)
+        predict(run=bad)
     error = capsys.readouterr().err
     assert end.value.code == 2 and PARTS in error and "--fold all" in error
 
 
 def test_a_model_for_fixed_dates_needs_them_all(
-    folder: Path,
-    weights: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+    weights: Path, predict: Predict, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for command in (
-        lambda: run_inference(folder, weights, tmp_path / "out", "--until 03-01", monkeypatch),
+        lambda: predict("--until 03-01"),
         lambda: run_command(season.main, f"{weights}", monkeypatch),
     ):
         with pytest.raises(SystemExit) as end:
@@ -256,9 +226,7 @@ def test_a_part_that_is_all_right_or_empty_gives_a_temperature_too() -> None:
 # ------------------------------------------------------------------------------------------------------ outputs
 
 
-def test_an_output_file_of_ones_own(
-    folder: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_file_of_ones_own(predict: Predict, monkeypatch: pytest.MonkeyPatch) -> None:
     class Lines:
         def __init__(self, file: io.BufferedWriter, classes: list[int]) -> None:
             self.file = file
@@ -271,7 +239,7 @@ def test_an_output_file_of_ones_own(
             self.file.write(b"end\n")
 
     monkeypatch.setitem(OUTPUTS, "labels.txt", Lines)
-    output = run_inference(folder, weights, tmp_path / "out", "--batch_size 4", monkeypatch)
+    output = predict("--batch_size 4")
     expected = [f"{row['id']} {row['predicted_label']}" for row in read_table(output)]
     assert (output / "labels.txt").read_text().splitlines() == [*expected, "end"]
 
