@@ -25,16 +25,8 @@ from common.errors import UserError, run_cli
 from common.files import write_json
 from common.flags import Parser, positive
 from learning.checkpoints import check_typed_settings
-from learning.results import CONFIG, prepare_output
-from reports.figure2 import (
-    PICTURE,
-    TABLE,
-    TIME,
-    all_configurations,
-    draw,
-    is_finished,
-    read_seconds,
-)
+from learning.results import CONFIG, OVERALL, prepare_output
+from reports.figure2 import PICTURE, TABLE, TIME, all_configurations, draw, read_seconds
 
 OWN_FLAGS = ("--preset", "--overwrite", "--tae", "--gru", "--tcnn")
 
@@ -107,7 +99,7 @@ def train_claimed(res_dir: Path, name: str, flags: Sequence[str]) -> None:
     folder = prepare_output(res_dir / name)
     try:
         with FileLock(folder / ".claimed", timeout=0):  # let go by the system if the process dies
-            if is_finished(folder):
+            if (folder / OVERALL).exists():  # which has the scores of all folds
                 check_typed_settings(folder, parse_train([*flags, "--preset", name]))
                 print(f"{name}: finished")
                 return

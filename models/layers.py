@@ -44,8 +44,10 @@ class PositionalTable(nn.Module):
         self.register_buffer("weight", table)
 
     def encode(self, positions: Tensor) -> Tensor:
-        """Rows (n, repeat * width) for positions (n,)."""
-        return sinusoid_table(positions, self.width, self.T).repeat(1, self.repeat)
+        """Rows (n, repeat * width) for positions (n,), computed in float64 and returned in float32."""
+        i = torch.arange(self.width, device=positions.device)
+        angle = positions.double()[:, None] / self.T ** (2 * (i // 2).double() / self.width)
+        return torch.where(i % 2 == 0, angle.sin(), angle.cos()).float().repeat(1, self.repeat)
 
     def forward(self, x: Tensor, days: Tensor | None = None) -> Tensor:
         """Adds to the dates of x, (B, L, E), their rows of the table, or those computed from their days (B, L)."""
@@ -61,13 +63,6 @@ class PositionalTable(nn.Module):
         if len(rows) < x.shape[1]:
             raise ValueError(f"the series has {x.shape[1]} dates but the model was made for {len(rows)}.")
         return x + rows
-
-
-def sinusoid_table(positions: Tensor, width: int, T: float) -> Tensor:
-    """The table of `PositionalTable` for positions (n,) as (n, width), computed in float64 and returned in float32."""
-    i = torch.arange(width, device=positions.device)
-    angle = positions.double()[:, None] / T ** (2 * (i // 2).double() / width)
-    return torch.where(i % 2 == 0, angle.sin(), angle.cos()).float()
 
 
 def mlp(widths: Sequence[int], last: str = "relu") -> nn.Sequential:

@@ -149,9 +149,10 @@ def main() -> None:
     packed = "write one file of all pixels, PIXELS, instead of one per parcel"
     add("--packed", action="store_true", help=packed)
     args = parser.parse_args()
+    options = {name: getattr(args, name) for name in ("max_pixels", "year", "irregular", "gaps", "packed")}
     if args.rasters:
-        for name in ("max_pixels", "year", "irregular", "gaps", "packed"):
-            if getattr(args, name) not in (None, False):
+        for name, value in options.items():
+            if value not in (None, False):
                 raise UserError(f"--{name} has no meaning with --rasters; leave one of them out.")
         with as_user_error(ImportError, prefix="--rasters needs the packages of requirements-geo.txt: "):
             from preprocessing.images.simulated import simulate_rasters
@@ -159,16 +160,7 @@ def main() -> None:
         what = f"{T} images of {C} bands and a cloud mask"
     else:
         year = PUBLISHED_YEAR if args.year is None else args.year
-        simulate(
-            args.out,
-            args.parcels,
-            args.seed,
-            max_pixels=args.max_pixels,
-            year=year,
-            irregular=args.irregular,
-            gaps=args.gaps,
-            packed=args.packed,
-        )
+        simulate(args.out, args.parcels, args.seed, **options | {"year": year})
         n_dates = len(draw_season(year, args.seed).dates)
         if args.irregular:
             n_dates = f"{args.irregular[0]} to {args.irregular[1]}"

@@ -15,7 +15,7 @@ from common.files import read_json, write_csv
 from data.settings import CLASSES_20
 from learning.metrics import accuracy, mean_iou
 from learning.options import resolve_architecture
-from learning.results import CONFIG, OVERALL, read_confusions
+from learning.results import CONFIG, read_confusions
 from learning.run import AGRI, PUBLISHED_DAYS, Run, read_run
 from models.architecture import PRESETS, read_preset
 from models.layers import trainable_parameters
@@ -72,11 +72,6 @@ def draw(res_dir: Path) -> list[Row]:
 def all_configurations() -> list[str]:
     """Names of the configurations of the figure, ARCHITECTURE/SIZE, in the order of their file."""
     return [f"{architecture}/{size}" for architecture, sizes in read_json(PRESETS).items() for size in sizes]
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a results folder holds the scores of all folds."""
-    return (folder / OVERALL).exists()
 
 
 def read_line(res_dir: Path, name: str) -> tuple[Row, Run] | None:

@@ -175,7 +175,9 @@ def extract(layouts: Sequence[Layout], reading: Reading, folder: Path, memory: i
         for g, layout in enumerate(layouts):
             dates = [date for date in layout.grid.dates if not plane_path(folder, g, date).exists()]
             images = layout.grid.images
-            most = memory // 2 // ahead // (3 * len(images[0].bands) * _widest(images) + 16)
+            sizes = [np.dtype(source.dtype).itemsize for image in images for source in image.bands]
+            n_bytes = len(images[0].bands) * max(4, *sizes)  # of a pixel, as read or as written scaled
+            most = memory // 2 // ahead // (3 * n_bytes + 16)
             blocks, todo = {}, []
             for image, place in zip(images, layout.grid.footprints):
                 key = place, block_shape(image, most)
@@ -194,11 +196,6 @@ def extract(layouts: Sequence[Layout], reading: Reading, folder: Path, memory: i
 def plane_path(folder: Path, grid: int, when: When) -> Path:
     """File of the pixels of one grid at one date."""
     return folder / f"{grid}-{when[0]}{f'-{when[1]}' if when[1] else ''}.npy"
-
-
-def _widest(images: Sequence[Image]) -> int:
-    """Bytes per value, as read or as written scaled."""
-    return max(4, *(np.dtype(source.dtype).itemsize for image in images for source in image.bands))
 
 
 def _extract_date(

@@ -12,7 +12,6 @@ from rasterio.errors import RasterioError
 from rasterio.transform import Affine
 
 from common.errors import UserError
-from preprocessing.images.units import Facts
 
 SUFFIXES = (".tif", ".tiff", ".jp2", ".vrt")
 DATE = re.compile(r"((?:19|20)\d\d)(-?)(\d\d)\2(\d\d)")
@@ -84,7 +83,8 @@ class Scene(NamedTuple):
     name: str
     date: int  # YYYYMMDD
     bands: dict[str, list[Source]]  # in one or several resolutions
-    facts: Facts = Facts()
+    baseline: str | None = None  # Sentinel-2's processing baseline, such as "04.00", by a STAC item
+    is_applied: bool | None = None  # whether the numbers have the baseline's offset applied, by a STAC item
 
 
 @lru_cache(maxsize=None)

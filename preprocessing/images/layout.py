@@ -55,13 +55,6 @@ class Layout:
         return [dates[pattern] for pattern in which.ravel()]
 
 
-def prepare_outlines(outlines: GeoSeries, grid: Grid, buffer: float) -> GeoSeries:
-    """Outlines on a grid's coordinate system, grown by `buffer` metres (negative: shrunk)."""
-    if buffer:
-        outlines = to_metres(outlines, grid.crs).buffer(buffer)
-    return outlines.to_crs(grid.crs)
-
-
 def inside(outline: object, bounds: Sequence[float], grid: Grid) -> np.ndarray:
     """Pixels of the grid whose centre is in an outline and that some image covers.
 
@@ -99,13 +92,14 @@ def lay_out(outlines: GeoSeries, grids: Sequence[Grid], buffer: float, folder: P
     Args:
         outlines: of the parcels.
         grids: the grids.
-        buffer: metres by which outlines grow.
+        buffer: metres by which outlines grow; negative: shrink.
         folder: where the pixels' places are kept, so that they need not fit into memory.
 
     Returns:
         One layout per grid; parcels without a pixel are in none.
     """
-    on_grid = [prepare_outlines(outlines, grid, buffer) for grid in grids]
+    grown = (to_metres(outlines, grid.crs).buffer(buffer) if buffer else outlines for grid in grids)
+    on_grid = [series.to_crs(grid.crs) for series, grid in zip(grown, grids)]
     bounds = [series.bounds.to_numpy() for series in on_grid]
     geometries = [series.to_numpy() for series in on_grid]
     # Parcel, number of pixels, places that cover it, how filled.

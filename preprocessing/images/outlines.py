@@ -59,7 +59,9 @@ def read_parcels(
         UserError: if the file, a column or its coordinate system is missing, ids repeat, or an outline is empty.
     """
     columns = [name for name in (id_column, label_column, class_column, *group_columns) if name]
-    table = _read_table(Path(path), list(dict.fromkeys(columns)), layer)
+    with warnings.catch_warnings():  # about the form of columns that nobody asked for
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="pyogrio")
+        table = _read_table(Path(path), list(dict.fromkeys(columns)), layer)
     if not len(table):
         raise UserError(f"{path} contains no parcel; expected one outline per parcel.")
     if table.crs is None:
@@ -102,13 +104,7 @@ def ids_in_file(parcels: GeoDataFrame) -> pandas.Series:
 
 
 def _read_table(path: Path, columns: list[str], layer: str | None) -> GeoDataFrame:
-    """The wanted columns and the geometry, without warnings about the form of columns that nobody asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning, module="pyogrio")
-        return _read_layer(path, columns, layer)
-
-
-def _read_layer(path: Path, columns: list[str], layer: str | None) -> GeoDataFrame:
+    """The wanted columns and the geometry."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give a file with parcel outlines in --parcels.")
     try:

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.files import read_json
 from common.progress import progress_bar
 from preprocessing.images.headers import DATE, SUFFIXES, Header, Scene, Source, find_date, read_header
-from preprocessing.images.units import Facts, Units, find_product, find_units
+from preprocessing.images.units import Units, find_product, find_units
 
 _BAND = re.compile(r"(?<![A-Za-z0-9])B\d{1,2}A?(?![A-Za-z0-9])")  # as Sentinel-2 and Landsat name theirs
 _OFFSET_PROPERTIES = "s2:processing_baseline", "earthsearch:boa_offset_applied"  # of STAC items
@@ -182,7 +182,7 @@ def _read_stac(path: Path) -> list[Scene]:
             when = properties.get("datetime") or properties["start_datetime"]
             baseline, applied = (properties.get(key) for key in _OFFSET_PROPERTIES)
             date = find_date(when, f"item {name} of {path}")
-            scene = Scene(f"{name} of {path}", date, {}, Facts(baseline, applied))
+            scene = Scene(f"{name} of {path}", date, {}, baseline, applied)
             for key, asset in item["assets"].items():
                 if _OTHER_ROLES.isdisjoint({key, *asset.get("roles", ())}):
                     found = _read_asset(key, asset, path)
@@ -252,7 +252,8 @@ def _choose(scene: Scene, names: Sequence[str], mask_band: str | None, resolutio
                 "resample them to one grid with gdalwarp, or choose others with --bands."
             )
     mask = min(sources(mask_band), key=size) if mask_band else None
-    return Image(scene.name, scene.date, grid, bands, mask, find_units(scene.name, bands, scene.facts))
+    units = find_units(scene.name, bands, scene.baseline, scene.is_applied)
+    return Image(scene.name, scene.date, grid, bands, mask, units)
 
 
 def _why_missing(scene: Scene, name: str) -> str:

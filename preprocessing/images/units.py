@@ -19,18 +19,6 @@ _SENTINEL_2 = re.compile(r"(?<![A-Za-z0-9])(S2[A-D]|T\d\d[A-Z]{3})_|sentinel.?2"
 _IN_METADATA = re.compile(r"<(?:BOA|RADIO)_ADD_OFFSET\b[^>]*>\s*(-?\d+)\s*<")
 
 
-class Facts(NamedTuple):
-    """What the metadata of a scene say beside its files.
-
-    Attributes:
-        baseline: Sentinel-2's processing baseline, such as "04.00".
-        is_applied: whether the provider has applied the offset to the numbers already.
-    """
-
-    baseline: str | None = None
-    is_applied: bool | None = None
-
-
 class Units(NamedTuple):
     """Scale and offset of the numbers of one image, None where nothing tells; what told the offset, or several."""
 
@@ -40,13 +28,14 @@ class Units(NamedTuple):
     doubt: str = ""
 
 
-def find_units(name: str, bands: Sequence[Any], facts: Facts) -> Units:
+def find_units(name: str, bands: Sequence[Any], baseline: str | None, is_applied: bool | None) -> Units:
     """What is known of an image.
 
     Args:
         name: of the image.
         bands: its sources.
-        facts: from its STAC item.
+        baseline: Sentinel-2's processing baseline by its STAC item, such as "04.00".
+        is_applied: whether, by its STAC item, the provider has applied the offset to the numbers already.
     """
     declared = {band.declared for band in bands}
     if len(declared) > 1:
@@ -56,8 +45,8 @@ def find_units(name: str, bands: Sequence[Any], facts: Facts) -> Units:
     found = {}
     if scale is not None:
         found["the file's scale and offset"] = round(shift / scale, 6)
-    found |= _from_product(bands[0].path, facts.baseline)
-    if facts.is_applied:  # what else is said was copied from the producer
+    found |= _from_product(bands[0].path, baseline)
+    if is_applied:  # what else is said was copied from the producer
         found = {"earthsearch:boa_offset_applied": 0.0}
     if len(set(found.values())) > 1:
         told = " but ".join(f"{offset:g} by {why}" for why, offset in found.items())
@@ -78,10 +67,8 @@ def _from_product(path: str, baseline: str | None) -> dict[str, float]:
     product, found = find_product(path), {}
     if product and (numbers := _read_metadata(product)):
         found["the product's metadata"] = numbers[0]
-    names = _BASELINE.findall(path)
-    number = int("".join(names[-1])) if names else _number(baseline)
-    if number is not None:
-        is_new = number >= _BASELINE_SINCE
+    if named := _BASELINE.findall(path) or re.findall(r"\A(\d\d?)\.(\d\d)\Z", str(baseline)):
+        is_new = int("".join(named[-1])) >= _BASELINE_SINCE
         found[f"a baseline {'of 04.00 or later' if is_new else 'before 04.00'}"] = _ADDED if is_new else 0.0
     return found
 
@@ -92,11 +79,6 @@ def _read_metadata(product: Path) -> list[float]:
     for path in sorted(product.glob("MTD_MSIL*.xml")):
         return [float(number) for number in _IN_METADATA.findall(path.read_text(errors="replace"))]
     return []
-
-
-def _number(baseline: str | None) -> int | None:
-    match = re.fullmatch(r"(\d\d?)\.(\d\d)", str(baseline))
-    return match and int(match[1] + match[2])
 
 
 def choose_units(

@@ -10,13 +10,10 @@ from common.errors import UserError
 
 PUBLISHED_YEAR = 2017
 DATES = [
-    int(day)
-    for day in (
-        "20170103 20170113 20170212 20170314 20170403 20170423 20170513 20170602 "
-        "20170612 20170622 20170702 20170707 20170712 20170717 20170722 20170806 "
-        "20170821 20170826 20170905 20170910 20170920 20171005 20171010 20171015"
-    ).split()
-]
+    20170103, 20170113, 20170212, 20170314, 20170403, 20170423, 20170513, 20170602,
+    20170612, 20170622, 20170702, 20170707, 20170712, 20170717, 20170722, 20170806,
+    20170821, 20170826, 20170905, 20170910, 20170920, 20171005, 20171010, 20171015,
+]  # fmt: skip
 T = len(DATES)
 REVISIT = 5  # days from one possible date of a year to the next
 FEWEST_DATES, MOST_DATES = 20, 35
@@ -45,12 +42,7 @@ class Season(NamedTuple):
     vigour: float = 1
 
 
-def day_of_year(day: int) -> int:
-    """Number, from 1, of a day YYYYMMDD in its year."""
-    return date(day // 10000, day // 100 % 100, day % 100).timetuple().tm_yday
-
-
-DAYS = np.array([day_of_year(day) for day in DATES], np.float64)
+DAYS = np.array([date.fromisoformat(str(day)).timetuple().tm_yday for day in DATES], np.float64)
 HAZE = np.array([0.14, 0.14, 0.14, 0.05] + [0] * 20)
 CLOUDINESS = np.full(T, 0.05)
 CLOUDINESS[[0, 1, 2, 3, 5, 12, 17, 19, 21]] = 0.15
