@@ -16,14 +16,7 @@ from data.folds import Split
 from data.loader import Loader
 from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import PixelSetData, batch_loader
-from learning.calibration import (
-    CALIBRATION,
-    SCORES,
-    Calibration,
-    Logits,
-    fit_temperature,
-    validation_scores,
-)
+from learning.calibration import CALIBRATION, SCORES, Calibration, Logits, fit_temperature, validation_scores
 from learning.checkpoints import FoldProgress, Log, finished_folds
 from learning.engine import OPTIMIZERS, SCHEDULES, ReplayedSteps, evaluation, train_epoch
 from learning.focal_loss import LOSSES

@@ -49,7 +49,7 @@ class Encoder:
         output: the size that ends with the width that enters the decoder.
         has_attention: whether `classifier.attention` works.
         dates: further keyword arguments that depend on the dates of an architecture.
-        agree: makes sizes that were not typed fit those that were; see `agree_sizes`.
+        agree: makes sizes that were not typed fit those that were, as `models.layers.agree_attention` does.
     """
 
     name: str

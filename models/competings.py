@@ -34,8 +34,7 @@ class GRU(nn.Module):
     Args:
         in_channels: channels of the input embeddings.
         hidden_dim: size of the hidden state.
-        positions: days of the dates since the first one; None adds no positional encoding; "days" keeps no table, all
-            positions are computed from the days of each batch.
+        positions: as in `LTAE`, but None adds no positional encoding.
     """
 
     def __init__(self, in_channels: int = 128, hidden_dim: int = 128, positions: Positions = None) -> None:

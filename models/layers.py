@@ -113,18 +113,19 @@ def attention_weights(scores: Tensor, d_k: int, dropout: nn.Module, present: Ten
     return dropout(torch.softmax(scores / d_k**0.5, dim=1))
 
 
-def agree_attention(sizes: dict[str, Any], typed: dict[str, Any], copies: int) -> None:
-    """Makes d_model and mlp3[0] agree, for heads that together give d_model channels `copies` times.
+def agree_attention(sizes: dict[str, Any], typed: dict[str, Any], share_channels: bool) -> None:
+    """Makes d_model and mlp3[0] agree.
 
     Args:
         sizes: all sizes; changed where they were not typed.
         typed: those that were.
-        copies: 1 for L-TAE, whose heads share d_model channels; n_head for TAE, each of whose heads gives them all.
+        share_channels: whether the heads share d_model channels, as in L-TAE, or each gives all of them, as in TAE.
 
     Raises:
         ValueError: if mlp3[0] cannot be shared out among the heads.
     """
     in_channels, n_head = sizes["mlp2"][-1], sizes["n_head"]
+    copies = 1 if share_channels else n_head
     if "mlp3" not in typed:
         sizes["mlp3"] = [copies * (sizes["d_model"] or in_channels), *sizes["mlp3"][1:]]
     elif typed.get("d_model") is None:

@@ -1,21 +1,12 @@
 """Lightweight Temporal Attention Encoder (Garnot & Landrieu 2020, section 3)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.architecture import Size
-from models.layers import (
-    DateProjection,
-    PositionalTable,
-    Positions,
-    agree_attention,
-    attention_weights,
-    check_dates,
-    mlp,
-)
+from models.layers import DateProjection, PositionalTable, Positions, attention_weights, check_dates, mlp
 
 SIZES = {
     "n_head": Size(16, "attention heads"),
@@ -25,11 +16,6 @@ SIZES = {
     "dropout": Size(0.2, "dropout after mlp3"),
     "d_model": Size(256, "channels the attention works on, null for those of the PSE", optional=True),
 }
-
-
-def agree_sizes(sizes: dict[str, Any], typed: dict[str, Any]) -> None:
-    """Fits sizes to those typed: the heads share d_model channels."""
-    agree_attention(sizes, typed, copies=1)
 
 
 class LTAE(nn.Module):

@@ -1,6 +1,7 @@
 """The four classifiers: pixel-set encoder, temporal encoder, decoder; and those that were trained on the folds of a run."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from models.architecture import Architecture, register
 from models.competings import GRU, TempConv
 from models.decoder import get_decoder
 from models.ensemble import Ensemble, load_members
-from models.layers import Positions, trainable_parameters
+from models.layers import Positions, agree_attention, trainable_parameters
 from models.ltae import LTAE
 from models.pse import PixelSet, PixelSetEncoder
 from models.tae import TemporalAttentionEncoder
@@ -118,8 +119,11 @@ def n_dates(architecture: Architecture) -> dict[str, Any]:
     return {"len_max_seq": architecture.n_dates}
 
 
+_ATTENTION = {"output": "mlp3", "has_attention": True, "dates": n_dates}
+
+
 @register(
-    "ltae", "PSE + L-TAE", ltae.SIZES, "mlp3", has_attention=True, dates=n_dates, agree=ltae.agree_sizes
+    "ltae", "PSE + L-TAE", ltae.SIZES, **_ATTENTION, agree=partial(agree_attention, share_channels=True)
 )
 class PseLTae(PseClassifier):
     """Pixel-set encoder and lightweight temporal attention; arguments as in `PixelSetEncoder` and `LTAE`.
@@ -151,7 +155,7 @@ class PseLTae(PseClassifier):
         super().__init__(pse, encoder, mlp4)
 
 
-@register("tae", "PSE + TAE", tae.SIZES, "mlp3", has_attention=True, dates=n_dates, agree=tae.agree_sizes)
+@register("tae", "PSE + TAE", tae.SIZES, **_ATTENTION, agree=partial(agree_attention, share_channels=False))
 class PseTae(PseClassifier):
     """Pixel-set encoder and temporal attention; arguments as in `PixelSetEncoder` and `TemporalAttentionEncoder`."""
 

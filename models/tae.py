@@ -1,32 +1,18 @@
 """Temporal Attention Encoder (Garnot et al., CVPR 2020, section 3.2)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models import ltae
-from models.layers import (
-    DateProjection,
-    PositionalTable,
-    Positions,
-    agree_attention,
-    attention_weights,
-    check_dates,
-    mlp,
-)
+from models.layers import DateProjection, PositionalTable, Positions, attention_weights, check_dates, mlp
 
 # The published defaults of L-TAE do not fit TAE, which has those of its own class.
 SIZES = ltae.SIZES | {
     name: ltae.SIZES[name]._replace(default=default)
     for name, default in (("n_head", 4), ("d_k", 32), ("mlp3", [512, 128, 128]), ("d_model", None))
 }
-
-
-def agree_sizes(sizes: dict[str, Any], typed: dict[str, Any]) -> None:
-    """Fits sizes to those typed: every head gives all d_model channels."""
-    agree_attention(sizes, typed, copies=sizes["n_head"])
 
 
 class TemporalAttentionEncoder(nn.Module):
@@ -39,12 +25,7 @@ class TemporalAttentionEncoder(nn.Module):
         d_model: channels to project the input to; None for no projection.
         n_neurons: widths of the MLP after the attention, from n_head * d_model on.
         dropout: dropout after that MLP (the attention's own dropout is 0.1, as published).
-        T: period of the positional encoding.
-        len_max_seq: number of dates, or the most there can be if `positions` and `d_model` are None. None for dates
-            that vary: the projection is then normalised date by date.
-        positions: days of the dates since the first one; None numbers the dates; "days" keeps no table, all positions
-            are computed from the days of each batch.
-        return_att: whether forward returns the attention too.
+        T, len_max_seq, positions, return_att: as in `LTAE`.
 
     Raises:
         ValueError: if the sizes do not fit together.
