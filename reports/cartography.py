@@ -98,6 +98,11 @@ def _margin(bounds: Sequence[float]) -> float:
     return max(0.03 * float(np.sqrt(width * height)), 0.018 * max(width, height))
 
 
+def legend_patch(colour: str, label: str) -> Patch:
+    """A colour for a legend; a dollar in its label begins no formula."""
+    return Patch(facecolor=colour, label=label.replace("$", r"\$"))
+
+
 def frame_panel(panel: Axes, bounds: Sequence[float]) -> None:
     """Makes a panel show the given metres (west, south, east, north), and a strip below them."""
     west, south, east, north = _view(bounds)

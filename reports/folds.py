@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from reports.cartography import PALETTE, add_scale, fill_outlines, map_figure, points_per_metre
+from reports.cartography import PALETTE, add_scale, fill_outlines, legend_patch, map_figure, points_per_metre
 from reports.plots import shorten
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ def plot_parts(
         if groups is not None:
             own = [str(name) for name in np.unique(groups[part == k])]
             few = ", ".join(shorten(own, 25)) if len(own) <= 3 else f"{len(own):,} groups"
-            label = f"{label}: {few}".replace("$", r"\$")  # which would begin a formula
-        handles.append(Patch(facecolor=colour, label=label))
+            label = f"{label}: {few}"
+        handles.append(legend_patch(colour, label))
     figure, (panel,) = map_figure(bounds, [title], handles)
     fill_outlines(panel, outlines, np.array(colours)[part])
     add_scale(panel, bounds)

@@ -23,6 +23,7 @@ from reports.cartography import (
     add_scale,
     colour_distances,
     fill,
+    legend_patch,
     map_figure,
     outline_paths,
     qgis_style,
@@ -225,11 +226,7 @@ def _legend_handles(labels: np.ndarray, colours: Mapping[str, str], names: Mappi
         for label, name in zip(shown, shorten([names[label] for label in shown], 40))
     ]
     entries += [(DARK, OTHER, pooled.sum()), (GREY, UNDEFINED, (labels == "").sum())]
-    return [
-        Patch(facecolor=colour, label=f"{name} ({n:,})".replace("$", r"\$"))  # which would begin a formula
-        for colour, name, n in entries
-        if n
-    ]
+    return [legend_patch(colour, f"{name} ({n:,})") for colour, name, n in entries if n]
 
 
 def describe_dataset(dataset: PixelSetData) -> str:

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 from geopandas import GeoDataFrame, GeoSeries
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from shapely.geometry import box
 
 from data.outlines import to_ground
 from preprocessing.images.grids import Grid
 from preprocessing.images.outlines import name_crs
-from reports.cartography import PALETTE, add_scale, fill_outlines, frame_panel
+from reports.cartography import PALETTE, add_scale, fill_outlines, frame_panel, legend_patch
 from reports.plots import show_dates
 
 _BLANK = 0.01  # share of zeros that is worth a word
@@ -112,9 +111,7 @@ def plot_prepared(
     colours = np.where(kept, PALETTE[2], PALETTE[1])
     fill_outlines(panel, outlines.geometry, colours)
     panel.set_title("parcels, and edges of the images (grey)")
-    handles = [
-        Patch(facecolor=colour, label=f"{name} ({n:,})")
-        for colour, name, n in ((PALETTE[2], "kept", kept.sum()), (PALETTE[1], "left out", (~kept).sum()))
-    ]
+    sides = (PALETTE[2], "kept", kept.sum()), (PALETTE[1], "left out", (~kept).sum())
+    handles = [legend_patch(colour, f"{name} ({n:,})") for colour, name, n in sides]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
