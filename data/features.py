@@ -41,9 +41,11 @@ def read_extra_features(
         raise UserError(
             f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
         )
-    rows = dict(zip(names, range(len(names))))
-    chosen = everything[list(map(rows.get, map(str, ids.tolist())))]
-    del rows
+    chosen, wanted = everything, list(map(str, ids.tolist()))
+    if names != wanted:
+        rows = dict(zip(names, range(len(names))))
+        chosen = everything[[rows[parcel] for parcel in wanted]]
+    del wanted
     with np.errstate(over="ignore", invalid="ignore"):
         found = (chosen - mean) / std
         fits = all(np.isfinite(np.asarray(each, np.float32)).all() for each in (found, mean, std))
