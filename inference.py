@@ -15,7 +15,7 @@ from common.errors import UserError, as_user_error, run_cli
 from common.flags import Parser, fraction, positive, seed
 from common.machine import count_workers, describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, together
-from data.metadata import LabelsTable, read_info
+from data.metadata import LabelsTable, read_info, read_nomenclature
 from data.outlines import OUTLINES, read_own_ids
 from data.samplers import BatchSampler, evaluation_batch
 from data.settings import EXTRA_FEATURE
@@ -116,7 +116,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Loads weights and data, predicts, and writes the predictions."""
     args = parse_args()
-    keep_freed_memory()
     device = join_ranks(args.device, args.tf32)
     with as_user_error(FileNotFoundError, ValueError, prefix="--weight_dir: "):
         folds = list(
@@ -156,6 +155,7 @@ def main() -> None:
         + (f", until {dataset.until}" if dataset.until else "")
         + f"\n{describe_jury(jury, args.fold)}"
     )
+    keep_freed_memory()  # not before: reading a dataset frees much that predicting would not need again
     batches = predict(jury, dataset, classes, args.batch_size, args.num_workers, device, telling)
     if not is_main():
         for _ in batches:
@@ -274,8 +274,10 @@ def open_dataset(args: argparse.Namespace, run: Run) -> PixelSetData:
         and not (Path(folder) / "META" / f"{EXTRA_FEATURE}.json").exists()
     ):
         run = replace(run, data=replace(run.data, n_extra=0))
-    if args.labels is not None or args.labels_table is not None:
+    if args.labels_table is not None:
         run.data.labels_in(Path(folder))  # says if they are not there
+    elif args.labels is not None:
+        read_nomenclature(Path(folder), args.labels)
     dataset = run.open_dataset(folder, args.cache_dir, args.preload)
     days = run.architecture.date_positions
     if not run.is_bare and days is not None and dataset.date_positions != days:

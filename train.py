@@ -129,7 +129,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Prepares data and model, trains every fold, and sums up."""
     args = parse_args()
-    keep_freed_memory()
     device = join_ranks(args.device, args.tf32)
     preset = read_preset(args.preset)
     res_dir = Path(args.res_dir)
@@ -184,6 +183,7 @@ def main() -> None:
             season = settings.season_start, settings.until
             marks = fingerprints(dataset.folder, dataset.pid, dataset.store, *season)
             begin_run(run, Parts.of(marks, splits), args.resume)
+        keep_freed_memory()  # not before: reading a dataset frees much that training would not need again
         machine = Machine(device, args.num_workers, args.display_step, args.cuda_graph)
         tests, clock = train_folds(dataset, splits, run, machine, draw_curves(res_dir))
         if is_main():

@@ -78,13 +78,15 @@ class Notes:
 
 
 def train(folder: Path) -> list[tuple[str, float, float]]:
-    """What train.py does before its first batch, and inference.py to tell who predicts which parcel."""
+    """What train.py does before its first batch, and inference.py to tell who predicts which parcel; after `divide`."""
     parser, notes = argparse.ArgumentParser(), Notes()
     add_data_options(parser)
     parser.set_defaults(npixel=None, rdm_seed=1, varying_dates=False, season_start=None)
     parser.set_defaults(**dict.fromkeys(TEMPORAL, 0))
     dataset = resolve_data(parser.parse_args([]), folder)[0]
     notes.add("opening, as train.py does")
+    read_folds(folder / "META" / FOLDS, dataset.pid, dataset.store.ids.tolist())
+    notes.add("reading the folds of preprocessing.split")
     splits = fold_splits(len(dataset), 5, 1)
     data_key(dataset.pid, dataset.target, splits)
     notes.add("random folds")
@@ -98,12 +100,10 @@ def train(folder: Path) -> list[tuple[str, float, float]]:
 
 
 def divide(folder: Path) -> list[tuple[str, float, float]]:
-    """Spatial folds, and reading them."""
+    """Spatial folds."""
     notes = Notes()
     split(folder, len(list_parcels(folder)) ** 0.5 / 200)  # some 400 blocks
     notes.add("preprocessing.split")
-    read_folds(folder / "META" / FOLDS, list_parcels(folder))
-    notes.add("reading its folds")
     return notes.rows
 
 
@@ -120,8 +120,8 @@ def main() -> None:
             f"{n:,} parcels of one pixel, {os.cpu_count()} cores.\n\n"
             "| | seconds of a processor | memory, MB |\n|---|---:|---:|"
         )
-        for function in (train, divide):
-            with start_process(True, 1) as process:
+        for function in (divide, train):
+            with start_process(False, 1) as process:
                 for name, seconds, peak in process.submit(function, Path(folder)).result():
                     print(f"| {name} | {seconds:.1f} | {peak / 1e6:.0f} |", flush=True)
 

@@ -80,7 +80,8 @@ class PlainPixelSets(Dataset):
         self.folder, self.pid, self.target = dataset.folder, dataset.pid, dataset.target
         self.npixel, self.jitter, shape = dataset.npixel, dataset.jitter, dataset.norm_shape
         self.mean, self.std = (np.broadcast_to(x, shape).astype(np.float32)[:, :, None] for x in dataset.norm)
-        self.extra = read_extra_features(self.folder, EXTRA_FEATURE, self.pid)[0].astype(np.float32)
+        ids = np.array(self.pid, np.int64)
+        self.extra = read_extra_features(self.folder, EXTRA_FEATURE, ids)[0].astype(np.float32)
         self.random = np.random.default_rng()
 
     def __len__(self) -> int:

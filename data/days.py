@@ -44,9 +44,9 @@ class Days(NamedTuple):
 
 def count_up(counts: np.ndarray) -> np.ndarray:
     """0, 1, ... as often as each of the counts says, one after the other."""
-    return np.arange(counts.sum(), dtype=np.int32) - np.repeat(
-        (np.cumsum(counts) - counts).astype(np.int32), counts
-    )
+    found = np.arange(counts.sum(), dtype=np.int32)
+    found -= np.repeat((np.cumsum(counts) - counts).astype(np.int32), counts)
+    return found
 
 
 def read_days(folder: Path, parcels: Sequence[int]) -> Days:

@@ -1,7 +1,6 @@
 """Extra features of parcels, such as geometrical ones, in a JSON file of META."""
 
 import reprlib
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ _EXTRA = "{parcel id: number or list of numbers}"
 
 
 def read_extra_features(
-    folder: Path, name: str, pid: Sequence[str], stats: Arrays | None = None
+    folder: Path, name: str, ids: np.ndarray, stats: Arrays | None = None
 ) -> tuple[np.ndarray, Arrays]:
     """Standardised features (parcels, F) from META/<name>.json, and the mean and deviation they were standardised with.
 
@@ -26,12 +25,13 @@ def read_extra_features(
     values = read_json(path, f"{_EXTRA}, or the flag --geomfeat 0")
     if not isinstance(values, dict):
         raise UserError(f"{path} is something else; expected {_EXTRA}.")
-    missing = [parcel for parcel in pid if parcel not in values]
+    missing = [parcel for parcel in map(str, ids.tolist()) if parcel not in values]
     if missing:
         raise UserError(
             f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it or train with --geomfeat 0."
         )
-    everything = _stack_features(path, values)
+    everything, names = _stack_features(path, values), list(values)
+    del values  # of many parcels they take much memory
     if stats is None:
         with np.errstate(over="ignore", invalid="ignore"):
             std = everything.std(0, ddof=1) if len(everything) > 1 else np.ones(everything.shape[1])
@@ -41,16 +41,18 @@ def read_extra_features(
         raise UserError(
             f"{path} has {everything.shape[1]} numbers per parcel, but the model was trained with {len(mean)}."
         )
-    chosen = everything
-    if list(values) != list(pid):
-        chosen = _stack_features(path, {parcel: values[parcel] for parcel in pid})
+    chosen, wanted = everything, list(map(str, ids.tolist()))
+    if names != wanted:
+        rows = dict(zip(names, range(len(names))))
+        chosen = everything[[rows[parcel] for parcel in wanted]]
+    del wanted
     with np.errstate(over="ignore", invalid="ignore"):
         found = (chosen - mean) / std
         fits = all(np.isfinite(np.asarray(each, np.float32)).all() for each in (found, mean, std))
     if not fits:
         row, column = np.unravel_index(np.abs(everything).argmax(), everything.shape)
         raise UserError(
-            f"{path}: parcel {list(values)[row]} has {everything[row, column]:g}, too large a number to standardise; correct "
+            f"{path}: parcel {names[row]} has {everything[row, column]:g}, too large a number to standardise; correct "
             "it, or give the feature in another unit."
         )
     return found, stats

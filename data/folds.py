@@ -110,8 +110,9 @@ def read_folds(
             f"{path} puts parcel {missing[0]} of the dataset in no part ({len(missing)} missing in all); "
             "make the file again with python -m preprocessing.split."
         )
-    unknown = sorted(named.difference(position, map(int, known or ())))
-    if unknown:
+    named.difference_update(position, map(int, known or ()))
+    if named:
+        unknown = sorted(named)
         raise UserError(
             f"{path} names parcel {unknown[0]}, which the dataset does not have ({len(unknown)} unknown in all); "
             "give the folds of this dataset."
@@ -175,6 +176,7 @@ def fold_splits(n_parcels: int, kfold: int, seed: int) -> list[tuple[list[int], 
         )
     order = np.arange(n_parcels)
     np.random.RandomState(seed).shuffle(order)
+    order = order.astype(object)  # so that folds share their numbers, of which each takes memory
     folds = list(KFold(n_splits=kfold, shuffle=False).split(order))
     n_val = len(folds[0][1])
     if n_parcels - 2 * n_val < 2:

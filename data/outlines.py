@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 OUTLINES = "parcels.gpkg"  # in META
 OWN_IDS = "own_ids.json"  # in META, of parcels without outlines
+_CHUNK = 2**14  # outlines looked at at a time
 JOINT = " / "  # between the parts of a group's name
 
 
@@ -93,9 +94,12 @@ def ground_crs(outlines: GeoDataFrame) -> str:
     from pyproj import Transformer
 
     to_degrees = Transformer.from_crs(outlines.crs, 4326, always_xy=True)
-    points = shapely.get_coordinates(outlines.geometry).T.copy()  # which take less memory than outlines
-    to_degrees.transform(*points, inplace=True)
-    (west, south), (east, north) = points.min(1), points.max(1)
+    (west, south), (east, north) = np.full(2, np.inf), np.full(2, -np.inf)
+    for start in range(0, len(outlines), _CHUNK):
+        points = shapely.get_coordinates(outlines.geometry.iloc[start : start + _CHUNK]).T.copy()
+        to_degrees.transform(*points, inplace=True)
+        west, south = np.minimum((west, south), points.min(1, initial=np.inf))
+        east, north = np.maximum((east, north), points.max(1, initial=-np.inf))
     if not np.isfinite([west, south, east, north]).all():
         raise UserError(
             f"the outlines do not lie where their coordinate reference system, {outlines.crs.name}, applies; correct it."

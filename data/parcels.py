@@ -67,8 +67,9 @@ class Parcels:
         self.store = open_store(folder, cache_dir, self.in_memory, nodata, n_dates)
         self.n_dates, self.n_channels = int(self.store.dates.max()), self.store.n_channels
 
-        names = list(map(str, self.store.ids.tolist()))
-        found = [None] * len(names) if labels is None else list(map(labels.get, names))
+        found = [None] * len(self.store.ids)
+        if labels is not None:
+            found = list(map(labels.get, map(str, self.store.ids.tolist())))
         self.n_unlabelled = found.count(None) if labels is not None else 0
         self.classes, found = number_labels(found, sub_classes)
         every = keep_all or labels is None
@@ -84,9 +85,8 @@ class Parcels:
             kept = kept[self.store.observed[kept]]
         self.features, self.extra_stats = None, None
         if extra_feature is not None:  # before the calendar is made, which takes as much memory for a while
-            listed = [names[i] for i in kept]
             self.features, self.extra_stats = read_extra_features(
-                self.folder, extra_feature, listed, extra_stats
+                self.folder, extra_feature, self.store.ids[kept], extra_stats
             )
         used = None if until is None else find_used(days, season_start, until)
         self._calendar = Calendar(days, kept, season_start, used)
@@ -101,7 +101,7 @@ class Parcels:
         self.n_unobserved = n - len(kept)
         del days, n_dates, used
         self.target = np.array([UNKNOWN if found[i] is None else found[i] for i in kept], dtype=np.int64)
-        self.pid, self.places = [names[i] for i in kept], kept
+        self.pid, self.places = list(map(str, self.store.ids[kept].tolist())), kept
         self.date_positions = self._calendar.positions
         self.n_extra = 0 if self.features is None else self.features.shape[1]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.metadata import Arrays, LabelsTable, read_info, read_nomenclature, read_nomenclatures, read_units
+from data.metadata import Arrays, LabelsTable, read_info, read_nomenclatures, read_units
 from data.outlines import read_own_ids, to_dataset_ids
 
 LABELS, EXTRA_FEATURE, NPIXEL = "label_44class", "geomfeat", 64
@@ -152,8 +152,8 @@ class DataSettings:
             if expected not in (None, found):
                 raise UserError(f"the model was trained on {expected} {what} but {folder} has {found}.")
 
-    def labels_in(self, folder: Path, optional: bool = False) -> Mapping[str, int | str] | None:
-        """Labels by parcel id in a dataset; None for a dataset without labels.
+    def labels_in(self, folder: Path, optional: bool = False) -> str | Mapping[str, int | str] | None:
+        """Labels of a dataset for `PixelSetData`: a nomenclature, or those of a table by parcel id; None for none.
 
         Args:
             folder: the dataset.
@@ -172,4 +172,4 @@ class DataSettings:
                 return None
             if self.labels not in read_nomenclatures(folder):
                 return None
-        return read_nomenclature(folder, self.labels)
+        return self.labels  # not what it holds, which would stay here while all else is read

@@ -38,14 +38,15 @@ def read_outlines(
     from preprocessing.images.outlines import ids_in_file, read_parcels
 
     table = read_parcels(path, id_column=id_column, skip_invalid=True, group_columns=group_columns).table
-    names = ids_in_file(table).tolist()
-    ids = to_dataset_ids(names, own_ids or {})
-    if ids != names:
-        table["id"] = [-row if parcel is None else int(parcel) for row, parcel in enumerate(ids, start=1)]
-    elif "parcel" in table:
-        own = next(iter((own_ids or {}).values()), None)
-        raise UserError(
-            f"{path}: column {id_column!r} holds ids such as {names[0]!r}; expected the dataset's, whole numbers, as in "
-            f"META/{OUTLINES} of the dataset" + (f", or the parcels' own, such as {own!r}." if own else ".")
-        )
+    if own_ids or "parcel" in table:
+        names = ids_in_file(table).tolist()
+        ids = to_dataset_ids(names, own_ids or {})
+        if ids != names:
+            table["id"] = [-row if parcel is None else int(parcel) for row, parcel in enumerate(ids, start=1)]
+        elif "parcel" in table:
+            own = next(iter((own_ids or {}).values()), None)
+            raise UserError(
+                f"{path}: column {id_column!r} holds ids such as {names[0]!r}; expected the dataset's, whole numbers, as in "
+                f"META/{OUTLINES} of the dataset" + (f", or the parcels' own, such as {own!r}." if own else ".")
+            )
     return table[["id", "geometry", *(["group"] if group_columns else [])]]

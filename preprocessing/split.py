@@ -37,7 +37,7 @@ from reports.folds import plot_parts
 from reports.plots import save_figure
 
 if TYPE_CHECKING:
-    from geopandas import GeoDataFrame, GeoSeries
+    from geopandas import GeoDataFrame
 
 FOLDS, PICTURE = "folds.json", "folds.png"  # in META
 
@@ -133,7 +133,9 @@ def split(
     check_folder(folder)
     ids = np.array(list_parcels(folder), np.int64)
     classes = _read_classes(folder, ids, labels)
-    own_ids, in_file = read_own_ids(folder), bool(groups) and is_file(groups[0])
+    in_file = bool(groups) and is_file(groups[0])
+    # Column id of META/parcels.gpkg has the dataset's ids; a million own ones take as much memory as all else.
+    own_ids = read_own_ids(folder) if in_file or parcels is not None or id_column != "id" else {}
     try:
         column = "id" if in_file and parcels is None else id_column
         outlines = _read_ground(
@@ -186,6 +188,8 @@ def _read_ground(
     centres: bool,
 ) -> GeoDataFrame:
     """The outlines of these parcels, in their order, in metres; of very many the centres, if these are enough."""
+    from geopandas import GeoDataFrame, GeoSeries
+
     outlines = read_outlines(source, id_column, own_ids, group_columns).set_index("id")
     crs = ground_crs(outlines)
     missing = ids[~np.isin(ids, outlines.index)]
@@ -195,7 +199,13 @@ def _read_ground(
             "outlines of all with --parcels."
         )
     outlines = outlines.loc[ids]
-    return outlines.set_geometry(_project(outlines.geometry, crs, centres))
+    shapes, source, others = np.array(outlines.geometry), outlines.crs, outlines.drop(columns="geometry")
+    del outlines  # what is projected below is then gone: of many parcels it takes much memory
+    centres = centres and len(shapes) > MOST_OUTLINES
+    for start in range(0, len(shapes), MOST_OUTLINES):
+        part = GeoSeries(shapes[start : start + MOST_OUTLINES], crs=source).to_crs(crs)
+        shapes[start : start + MOST_OUTLINES] = part.centroid if centres else part
+    return GeoDataFrame(others, geometry=shapes, crs=crs)
 
 
 def _keep_apart(parts: list[list[int]], near: list[set[int]], buffer: float) -> list[dict[str, list[int]]]:
@@ -209,17 +219,6 @@ def _keep_apart(parts: list[list[int]], near: list[set[int]], buffer: float) -> 
                     f"--buffer {buffer:g} leaves no {name} parcel in fold {k}; give a smaller one, or another --seed."
                 )
     return splits
-
-
-def _project(outlines: GeoSeries, crs: str, centres: bool) -> GeoSeries:
-    """Outlines in other coordinates; of very many their `centres`, if wanted, which are all that is then drawn."""
-    from geopandas import GeoSeries
-
-    parts, centres = [], centres and len(outlines) > MOST_OUTLINES
-    for start in range(0, len(outlines), MOST_OUTLINES):
-        part = outlines.iloc[start : start + MOST_OUTLINES].to_crs(crs)
-        parts.append((part.centroid if centres else part).to_numpy())
-    return GeoSeries(np.concatenate(parts), outlines.index, crs=crs)
 
 
 def _read_classes(folder: Path, ids: np.ndarray, name: str | None) -> np.ndarray:

@@ -127,6 +127,7 @@ def test_splits_as_recorded(case):
     np.testing.assert_array_equal(np.random.get_state()[1], state)
     recorded = golden.VALUES["splits"][case]
     assert len(splits) == len(recorded) == kfold
+    assert len({id(i) for parts in splits for part in parts for i in part}) == n  # which folds share
     for parts, expected in zip(splits, recorded):
         assert sorted(i for part in parts for i in part) == list(range(n))
         for part, values in zip(parts, expected, strict=True):
@@ -180,7 +181,8 @@ def test_parcels_without_a_class_are_left_out_or_kept(tmp_path):
 
 def test_extra_features_are_standardised_over_the_whole_file(tmp_path):
     write_folder(tmp_path, 6)
-    values = {str(i): [float(i * i), 3.0] for i in range(1, 10)}  # three parcels more than have pixels
+    # Three parcels more than have pixels, in another order.
+    values = {str(i): [float(i * i), 3.0] for i in (7, 2, 9, 1, 4, 3, 6, 8, 5)}
     write_meta(tmp_path, "geomfeat", values)
     dataset = PixelSetData(tmp_path, NOMENCLATURE, 8, [3, 9], extra_feature="geomfeat")
     column = np.array([v[0] for v in values.values()])

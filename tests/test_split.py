@@ -175,6 +175,27 @@ def test_neighbours_share_a_part_in_any_reference_system(
     assert "Part 1: 8 parcels (25.0%) in 4 blocks, 2 classes" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", ["--blocks 0.3", "--groups farm --buffer 60", "--blocks 0.3 --buffer 60"])
+def test_outlines_taken_a_few_at_a_time_give_the_same_folds(
+    options: str, split, parcels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import geopandas
+
+    import data.outlines
+    from reports import cartography
+
+    outlines = geopandas.read_file(parcels / "META" / "parcels.gpkg")
+    path, expected = parcels / "META" / "folds.json", data.outlines.ground_crs(outlines)
+    run_command(split.main, f"{parcels} {options} --kfold 3", monkeypatch)
+    folds = path.read_text()
+    path.unlink()
+    for module in (split, cartography):
+        monkeypatch.setattr(module, "MOST_OUTLINES", 5)
+    monkeypatch.setattr(data.outlines, "_CHUNK", 5)
+    run_command(split.main, f"{parcels} {options} --kfold 3", monkeypatch)
+    assert path.read_text() == folds and data.outlines.ground_crs(outlines) == expected
+
+
 def test_a_block_is_a_kilometre_on_the_ground_in_web_mercator(split, tmp_path: Path) -> None:
     """At 60 degrees north, Web Mercator's metres are half a metre: a block must not shrink with them."""
     import geopandas
