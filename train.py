@@ -19,7 +19,7 @@ from common.machine import describe_device, keep_freed_memory
 from common.processes import is_main, join_ranks, n_ranks, together
 from common.progress import Clock, format_time
 from data.classes import read_class_names
-from data.folds import describe_splits, fold_splits, read_folds, read_splits
+from data.folds import choose_splits, describe_splits, read_splits
 from data.loader import check_batch
 from data.metadata import read_info
 from data.parts import Parts, data_key, fingerprints
@@ -150,10 +150,7 @@ def main() -> None:
             print(f"Left out: {number} parcels {what}, which inference predicts")
     if dataset.n_unobserved:
         print(f"Left out: {dataset.n_unobserved} parcels without any observation")
-    if args.folds:
-        splits = read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), args.rdm_seed)
-    else:
-        splits = fold_splits(len(dataset), args.kfold, args.rdm_seed)
+    splits = choose_splits(dataset, args.folds, args.kfold, args.rdm_seed)
     class_names = read_class_names(dataset.folder, settings.labels)
     names = [class_names.get(str(label), str(label)) for label in settings.classes]
     for line in describe_splits(splits, dataset.target, names):

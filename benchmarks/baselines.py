@@ -18,7 +18,7 @@ from sklearn.metrics import confusion_matrix
 from common.errors import UserError, run_cli
 from common.flags import Parser, natural, positive
 from common.progress import progress_bar
-from data.folds import Split, fold_splits, read_folds
+from data.folds import Split, choose_splits
 from data.settings import DataSettings
 from dataset import PixelSetData
 from learning.metrics import confusion_matrix_analysis
@@ -91,13 +91,6 @@ def open_data(args: argparse.Namespace) -> tuple[PixelSetData, DataSettings]:
     return resolve_data(args, Path(args.dataset_folder or embedded_dataset()))[:2]
 
 
-def make_splits(args: argparse.Namespace, dataset: PixelSetData, seed: int) -> list[Split]:
-    """The folds of a seed, as train.py makes them."""
-    if args.folds:
-        return read_folds(args.folds, dataset.pid, dataset.store.ids.tolist(), seed)
-    return fold_splits(len(dataset), args.kfold, seed)
-
-
 def describe(scores: np.ndarray) -> str:
     """Mean and, of several seeds, standard error of scores (seeds, 3) in words."""
     means, n = scores.mean(0), len(scores)
@@ -121,7 +114,10 @@ def main() -> None:
     for name in [args.only] if args.only else MODELS:
         scores = []
         for seed in seeds:
-            splits, model = make_splits(args, dataset, seed), MODELS[name](args.trees, seed)
+            splits, model = (
+                choose_splits(dataset, args.folds, args.kfold, seed),
+                MODELS[name](args.trees, seed),
+            )
             scores.append(cross_validate(model, features, dataset.target, splits, n_classes))
         how = f"{name}, {len(splits)} folds together, {len(seeds)} seed(s)"
         print(f"{how}: {describe(np.array(scores))}", flush=True)

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, dropout
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from benchmarks.baselines import fold_parser, make_splits, open_data
+from benchmarks.baselines import fold_parser, open_data
 from common.errors import run_cli
 from common.files import read_json, write_json
 from common.flags import positive
 from common.machine import keep_freed_memory
 from common.progress import progress_bar
-from data.folds import Split
+from data.folds import Split, choose_splits
 from dataset import PixelSetData
 from learning.crossvalidation import Machine, begin_epoch, held_out_batches, new_model
 from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
@@ -186,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
         found = results.setdefault(str(seed), {})
         for name in (name for name in args.only if name not in found):
             dataset, run = make_run(args, seed, TRAININGS[name])
-            split = make_splits(args, dataset, seed)[0]
+            split = choose_splits(dataset, args.folds, args.kfold, seed)[0]
             register(dataset.target[split[0]], run.architecture.n_classes)
             dropped = TRAININGS[name].get("dropout", 0.0)
             found[name] = train_first_fold(dataset, split, run, dropped, machine, f"{name}, seed {seed}")

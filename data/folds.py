@@ -8,6 +8,7 @@ from sklearn.model_selection import KFold
 
 from common.errors import UserError
 from common.files import read_json
+from data.parcels import Parcels
 
 Split = tuple[list[int], list[int], list[int]]
 PARTS = ("train", "validation", "test")
@@ -82,6 +83,13 @@ def _check_ids(path: str | Path, parts: dict[str, list]) -> None:
                     f"{path}: parcel {parcel} is in {part_of[parcel]} and again in {name}; leave it in one."
                 )
             part_of[parcel] = name
+
+
+def choose_splits(dataset: Parcels, path: str | None, kfold: int, seed: int) -> list[Split]:
+    """Indices of training, validation and test parcels: of the folds of a file if given, else of random ones."""
+    if path is not None:
+        return read_folds(path, dataset.pid, dataset.store.ids.tolist(), seed)
+    return fold_splits(len(dataset), kfold, seed)
 
 
 def read_folds(

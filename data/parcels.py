@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
+from common.progress import progress_bar
 from data.calendar import Calendar
 from data.classes import UNKNOWN, number_labels
 from data.days import find_used, read_days
@@ -136,8 +137,8 @@ class Parcels:
     def statistics(self) -> Arrays:
         """Mean and standard deviation per channel, (C,) each, of all pixels that are present on the dates that are used."""
         moments = Moments("channel")
-        for item, place in enumerate(self.places):
-            pixels, missing = self.store.look(place, self.calendar(item)[1])
+        for item in progress_bar(range(len(self)), "mean and standard deviation", "parcels"):
+            pixels, missing = self.store.look(self.places[item], self.calendar(item)[1])
             if pixels.size:
                 moments.add(pixels.transpose(1, 2, 0), None if missing is None else missing.T)
         return moments.result()

@@ -17,6 +17,7 @@ from common.files import write_bytes, write_json
 from common.flags import is_until
 from learning.metrics import confusion_matrix_analysis
 from models.architecture import flags, known_encoders
+from models.weights import folds_with
 
 CONFIG, NORMALISATION, OVERALL, PER_CLASS = "conf.json", "normalisation.npz", "overall.json", "per_class.json"
 TRAINLOG, TEST_METRICS, CONFUSION = "trainlog.json", "test_metrics.json", "conf_mat.pkl"
@@ -129,12 +130,6 @@ def read_confusion(path: Path) -> np.ndarray:
     ):
         raise UserError(f"{path} holds no confusion matrix; copy it again or train the fold again.")
     return mat
-
-
-def folds_with(res_dir: Path, name: str) -> dict[int, Path]:
-    """The file of that name of each fold that has one, by the fold's number."""
-    paths = {path.parent.name[5:]: path for path in res_dir.glob(f"Fold_*/{name}")}
-    return {int(fold): paths[fold] for fold in sorted(filter(str.isdecimal, paths), key=int)}
 
 
 def read_confusions(res_dir: Path, n_classes: int) -> dict[int, np.ndarray]:

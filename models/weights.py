@@ -11,8 +11,14 @@ from torch import nn
 CHECKPOINT = "model.pth.tar"
 
 
+def folds_with(folder: Path, name: str) -> dict[int, Path]:
+    """The file of that name of each fold that has one, `Fold_k/<name>`, by the fold's number, in numerical order."""
+    paths = {path.parent.name: path for path in folder.glob(f"Fold_*/{name}")}
+    return dict(sorted((int(k[5:]), paths[k]) for k in paths if re.fullmatch("Fold_[1-9][0-9]*", k)))
+
+
 def list_folds(weight_folder: str | Path) -> dict[int, Path]:
-    """Checkpoints `Fold_k/model.pth.tar` of a folder by fold number, in numerical order.
+    """The checkpoints of a folder; see `folds_with`.
 
     Raises:
         FileNotFoundError: if the folder is missing or holds no checkpoint.
@@ -22,13 +28,12 @@ def list_folds(weight_folder: str | Path) -> dict[int, Path]:
         raise FileNotFoundError(
             f"{folder} is not a folder; expected one with trained weights, Fold_1/{CHECKPOINT}."
         )
-    names = (path.parent.name for path in folder.glob(f"Fold_*/{CHECKPOINT}"))
-    folds = sorted(int(name[5:]) for name in names if re.fullmatch("Fold_[1-9][0-9]*", name))
+    folds = folds_with(folder, CHECKPOINT)
     if not folds:
         raise FileNotFoundError(
             f"{folder} holds no Fold_k/{CHECKPOINT}; give the results folder of a finished training."
         )
-    return {k: folder / f"Fold_{k}" / CHECKPOINT for k in folds}
+    return folds
 
 
 def choose_folds(weight_folder: str | Path, fold: int | str) -> dict[int, Path]:

@@ -47,6 +47,7 @@ def read_outlines(
             own = next(iter((own_ids or {}).values()), None)
             raise UserError(
                 f"{path}: column {id_column!r} holds ids such as {names[0]!r}; expected the dataset's, whole numbers, as in "
-                f"META/{OUTLINES} of the dataset" + (f", or the parcels' own, such as {own!r}." if own else ".")
+                f"META/{OUTLINES} of the dataset"
+                + (f", or the parcels' own, such as {own!r}." if own else ".")
             )
     return table[["id", "geometry", *(["group"] if group_columns else [])]]

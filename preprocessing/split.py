@@ -10,7 +10,6 @@ cross-validation, such that every part has about as many parcels of each class. 
 
 from __future__ import annotations
 
-import json
 import warnings
 from argparse import ArgumentTypeError
 from collections import Counter
@@ -22,7 +21,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from common.errors import UserError, run_cli
-from common.files import write_bytes
+from common.files import write_json_line
 from common.flags import Parser, non_negative, positive
 from common.flags import seed as parse_seed
 from data.folds import split_parts
@@ -165,7 +164,7 @@ def split(
     content |= {"blocks_km": blocks_km} if what == "block" else {"groups": list(groups)}
     content |= ({"buffer_m": buffer} if buffer else {}) | {"seed": seed}
     try:
-        write_bytes(meta / FOLDS, (json.dumps(content) + "\n").encode())
+        write_json_line(meta / FOLDS, content)
         if outlines is not None:
             figure = plot_parts(outlines.geometry, part, title, names if what == "group" else None, grid)
             save_figure(meta / PICTURE, figure)

@@ -18,8 +18,9 @@ from common.files import read_json, write_bytes
 from common.flags import Parser
 from learning.calibration import CALIBRATION
 from learning.metrics import confusion_matrix_analysis
-from learning.results import TEST_METRICS, TRAINLOG, folds_with, read_confusions
+from learning.results import TEST_METRICS, TRAINLOG, read_confusions
 from learning.run import Run, read_run
+from models.weights import folds_with
 from reports.plots import SCORES, plot_calibration, plot_confusion, plot_training, to_svg
 
 REPORT, TEMPLATE = "report.html", "report_template.html"
