@@ -50,7 +50,7 @@ def mean_features(dataset: PixelSetData) -> np.ndarray:
 def cross_validate(
     model: ClassifierMixin, features: np.ndarray, target: np.ndarray, splits: Sequence[Split], n_classes: int
 ) -> np.ndarray:
-    """Scores, in the order of `SCORES`, of all folds together; trained on training and validation parcels of each.
+    """Scores, in the order of `SCORES`, of all folds together; trained on all but the test parcels of each.
 
     Args:
         model: is trained anew for every fold.
@@ -107,6 +107,11 @@ def main() -> None:
     parser = fold_parser(__doc__.splitlines()[0], seeds=1)
     parser.add_argument("--trees", type=positive, default=500, help="trees of the forest")
     parser.add_argument("--only", choices=list(MODELS), help="leave out the other")
+    parser.add_argument(
+        "--training_only",
+        action="store_true",
+        help="learn from training parcels alone, as networks do, which choose their epoch by those of validation",
+    )
     args = parser.parse_args()
     dataset, settings = open_data(args)
     features, n_classes = mean_features(dataset), len(settings.classes)
@@ -114,10 +119,10 @@ def main() -> None:
     for name in [args.only] if args.only else MODELS:
         scores = []
         for seed in seeds:
-            splits, model = (
-                choose_splits(dataset, args.folds, args.kfold, seed),
-                MODELS[name](args.trees, seed),
-            )
+            splits = choose_splits(dataset, args.folds, args.kfold, seed)
+            if args.training_only:
+                splits = [(train, [], test) for train, _, test in splits]
+            model = MODELS[name](args.trees, seed)
             scores.append(cross_validate(model, features, dataset.target, splits, n_classes))
         how = f"{name}, {len(splits)} folds together, {len(seeds)} seed(s)"
         print(f"{how}: {describe(np.array(scores))}", flush=True)

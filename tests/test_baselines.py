@@ -38,28 +38,29 @@ def read_plainly(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(series), np.array(list(labels.values()))
 
 
-@pytest.mark.parametrize("name", ["forest", "boosting"])
+@pytest.mark.parametrize("name, alone", [("forest", False), ("boosting", False), ("forest", True)])
 def test_baselines_score_as_scikit_learn_called_plainly(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    name: str, alone: bool, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     parts = [[*range(first, first + 6)] for first in (1, 7, 13)]
     write_meta(folder, "folds", {"folds": parts})
     command = f"--dataset_folder {folder} --folds {folder}/META/folds.json --rdm_seed 4 --seeds 2 --trees 5"
-    run_command(baselines.main, f"{command} --only {name}", monkeypatch)
+    run_command(baselines.main, f"{command} --only {name}{' --training_only' * alone}", monkeypatch)
 
     x, y = read_plainly(folder)
     assert np.isnan(x).any()
     expected = []
     for seed in (4, 5):
         found = np.zeros_like(y)
-        for part in parts:
+        for k, part in enumerate(parts):
             test = np.isin(np.arange(1, 19), part)
+            known = ~test & ~(alone & np.isin(np.arange(1, 19), parts[(k + 1) % 3]))  # next part: validation
             model = (
                 RandomForestClassifier(5, random_state=seed)
                 if name == "forest"
                 else HistGradientBoostingClassifier(random_state=seed)
             )
-            found[test] = model.fit(x[~test], y[~test]).predict(x[test])
+            found[test] = model.fit(x[known], y[known]).predict(x[test])
         macro = [score(y, found, average="macro") for score in (jaccard_score, f1_score)]
         expected.append([accuracy_score(y, found), *macro])
     mean, error = np.mean(expected, 0), np.ptp(expected, 0) / 2  # that is the standard error of two
