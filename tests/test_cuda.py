@@ -27,7 +27,7 @@ from common.machine import map_tensors, prepared_device
 from common.processes import join_ranks
 from data.batch import Batch
 from data.device import DeviceLoader
-from data.folds import fold_splits
+from data.folds import choose_splits
 from data.samplers import BatchSampler
 from dataset import PixelSetData, batch_loader
 from learning import crossvalidation
@@ -116,7 +116,7 @@ def train_on(
     device: str, folder: Path, res_dir: Path, flags: str, monkeypatch: pytest.MonkeyPatch, free: int = ROOM
 ) -> Path:
     """Trains on the first fold alone, of three, with the device imitated if it is cuda; returns the results folder."""
-    monkeypatch.setattr(train, "fold_splits", lambda *arguments: fold_splits(*arguments)[:1])
+    monkeypatch.setattr(train, "choose_splits", lambda *arguments: choose_splits(*arguments)[:1])
     # As a DataLoader draws.
     monkeypatch.setattr(
         DeviceLoader, "items", lambda self: (torch.empty((), dtype=torch.int64).random_(), ITEMS(self))[1]

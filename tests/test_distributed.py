@@ -21,7 +21,7 @@ from common.arrays import load_arrays
 from common.errors import UserError
 from common.processes import rank, together
 from data import packing
-from data.folds import fold_splits
+from data.folds import choose_splits
 from data.store import PixelStore
 from learning import crossvalidation, predictions
 from learning.calibration import SCORES
@@ -68,7 +68,7 @@ def train_first_fold() -> None:
         if isinstance(model, PseTae):
             model.temporal_encoder.inlayernorm.bias.requires_grad_(False)
 
-    train.fold_splits = lambda *args: fold_splits(*args)[:1]
+    train.choose_splits = lambda *args: choose_splits(*args)[:1]
     nn.Dropout.forward = lambda self, x: x  # that of the attention included, which has no flag
     crossvalidation.freeze_idle_biases = freeze
     train.main()

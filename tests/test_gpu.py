@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import train
 from common.machine import prepare_device
 from data.device import DeviceLoader
-from data.folds import fold_splits
+from data.folds import choose_splits
 from dataset import PixelSetData
 from learning import crossvalidation
 from learning.checkpoints import STATE
@@ -52,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def _prepared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The first fold of three, no pictures, and settings of PyTorch that are put back."""
-    monkeypatch.setattr(train, "fold_splits", lambda *arguments: fold_splits(*arguments)[:1])
+    monkeypatch.setattr(train, "choose_splits", lambda *arguments: choose_splits(*arguments)[:1])
     for module in (train, attention):
         monkeypatch.setattr(module, "save_figure", lambda path, figure: None)
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -52,7 +52,7 @@ def test_training_does_not_grow(tmp_path: Path, n_workers: int) -> None:
 
         FoldProgress.finish_epoch = finish_and_measure
         crossvalidation.count_workers = lambda asked: n_workers
-        train.fold_splits = lambda *args, split=train.fold_splits: split(*args)[:1]
+        train.choose_splits = lambda *args, split=train.choose_splits: split(*args)[:1]
         train.main()
 
     line = f"--dataset_folder {folder} --res_dir {tmp_path / 'res'} --kfold 3 --npixel 6 --batch_size 8"
