@@ -109,6 +109,14 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="let a GPU that holds the pixels repeat training steps by itself; no influence on results",
     )
+    group = parser.add_argument_group(
+        "beyond the paper", "what gains on several datasets; all off without the flag"
+    )
+    group.add_argument(
+        "--average_weights",
+        type=fraction,
+        help="share of the epochs, the last ones, whose mean weights are kept instead of those of the best epoch; 0.25 was tried",
+    )
     add_architecture_options(parser)
     parser.set_defaults(npixel=None, **asdict(Training()))
     args = parser.parse_args()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from common.errors import UserError, as_user_error
 from common.files import read_json, remove_unfinished, write_bytes, write_json
@@ -50,10 +51,14 @@ class FoldProgress:
         epoch: the last finished one, 0 before the first.
         best_epoch: the one with the best validation mIoU, the later one on a tie.
         log: scores of every finished epoch.
+        averaged: the epochs whose mean weights are kept in the end; none to keep those of the best one.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.folder, self.model, self.optimizer = folder, model, optimizer
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: range = range(0)
+    ) -> None:
+        self.folder, self.model, self.optimizer, self.averaged = folder, model, optimizer, averaged
+        self._mean = AveragedModel(model, use_buffers=True) if averaged else None
         self.epoch = self.best_epoch = 0
         self.log: Log = {}
         self._best = b""
@@ -66,29 +71,40 @@ class FoldProgress:
         self.epoch += 1
         self.log[self.epoch] = _plain(scores)
         is_best = not self.best_epoch or scores["val_IoU"] >= self.log[self.best_epoch]["val_IoU"]
-        state = {
-            "epoch": self.epoch,
-            "state_dict": self.model.state_dict(),
-            "optimizer": _plain(self.optimizer.state_dict()),
-        }
+        state = self._state()
         if is_best:
             self.best_epoch, self._best = self.epoch, _to_bytes(state)
         state |= {"log": self.log, "best_epoch": self.best_epoch}
+        if self.epoch in self.averaged:
+            self._mean.update_parameters(self.model)
+        if self._mean is not None:
+            state["mean"] = self._mean.state_dict()
         state["best"] = torch.frombuffer(bytearray(self._best), dtype=torch.uint8)
         if is_main():
             write_bytes(self.folder / STATE, _to_bytes(state), durable=True)
             self._write()
         return is_best
 
-    def load_best(self) -> None:
-        """Gives the model the weights of the best epoch."""
+    def finish(self) -> str:
+        """Gives the model the weights that are kept, and says in words which these are."""
         path = self.folder / CHECKPOINT
-        load_weights(self.model, read_checkpoint(path, data=self._best)["state_dict"], path)
+        if self._mean is None:
+            load_weights(self.model, read_checkpoint(path, data=self._best)["state_dict"], path)
+            return f"epoch {self.best_epoch}"
+        self.model.load_state_dict(self._mean.module.state_dict())
+        if is_main():
+            write_bytes(path, _to_bytes(self._state()), durable=True)
+        return f"the mean of epochs {self.averaged[0]} to {self.averaged[-1]}"
 
     def close(self) -> None:
         """Removes what only a fold that goes on needs."""
         if is_main():
             (self.folder / STATE).unlink(missing_ok=True)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        optimizer = _plain(self.optimizer.state_dict())
+        return {"epoch": self.epoch, "state_dict": self.model.state_dict(), "optimizer": optimizer}
 
     def _write(self) -> None:
         write_bytes(self.folder / CHECKPOINT, self._best, durable=True)
@@ -102,6 +118,8 @@ class FoldProgress:
                 self._best = state["best"].numpy().tobytes()
                 _check_log(self.log, self.epoch, self.best_epoch)
                 _restore_optimizer(self.optimizer, state["optimizer"])
+                if self._mean is not None:
+                    load_weights(self._mean, state["mean"], path)
             except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{path} is not the state of a training ({error}); remove it to begin this fold again."

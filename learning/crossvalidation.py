@@ -1,4 +1,4 @@
-"""Cross-validation: every fold is trained, its best epoch kept, calibrated and tested."""
+"""Cross-validation: every fold is trained, its best epoch or a mean of the last ones kept, calibrated and tested."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -110,7 +110,7 @@ def train_folds(
 def train_fold(
     dataset: PixelSetData, split: Split, fold: int, run: Run, machine: Machine, clock: Clock
 ) -> tuple[dict[str, float], Log]:
-    """Trains on one fold, keeps the epoch with the best validation mIoU, calibrates it on validation and tests it.
+    """Trains on one fold, keeps the best epoch or a mean of the last ones, calibrates it on validation and tests it.
 
     Goes on after the last finished epoch, if there is one in the fold's folder.
 
@@ -132,7 +132,7 @@ def train_fold(
         )
     elif machine.cuda_graph:
         replayed = ReplayedSteps(optimizer, training.batch_size, n_classes, device)
-    progress = FoldProgress(folder, model, optimizer)
+    progress = FoldProgress(folder, model, optimizer, training.averaged_epochs)
     if progress.epoch:
         clock.skip(progress.epoch)
         print(f"Resuming: fold {fold} after epoch {progress.epoch}")
@@ -146,7 +146,7 @@ def train_fold(
         scores |= evaluation(model, criterion, val_loader, device, n_classes, "val", f"{name}  validation")[0]
         star = " *best" if progress.finish_epoch(scores) else ""
         print(f"{name}  {format_scores(scores)}{star} | {clock.lap(len(train) + len(val))}", flush=True)
-    progress.load_best()
+    kept = progress.finish()
     validation = Logits()
     evaluation(model, criterion, val_loader, device, n_classes, "val", "calibration", validation.add)
     temperature = fit_temperature(validation)
@@ -162,7 +162,7 @@ def train_fold(
         save_test(folder, metrics, confusion)
     progress.close()
     print(
-        f"Fold {fold}/{training.kfold}  test of epoch {progress.best_epoch}: accuracy {metrics['test_accuracy']:.1f}%, "
+        f"Fold {fold}/{training.kfold}  test of {kept}: accuracy {metrics['test_accuracy']:.1f}%, "
         f"mIoU {metrics['test_IoU']:.3f}, loss {metrics['test_loss']:.3f}",
         flush=True,
     )

@@ -1,5 +1,6 @@
 """A training as conf.json tells it: the settings with which inference, resuming, reports and notebooks do as it did."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -48,6 +49,7 @@ class Training:
         temporal_dropout: share of dates left out at random.
         temporal_truncation: share of the parcels whose series ends at a date drawn at random.
         temporal_shift: days, at most, by which a parcel's calendar is moved at random.
+        average_weights: share of the epochs, the last ones, whose mean weights are kept instead of those of the best epoch.
         preset: name of the configuration of config_fig2.json that was asked for.
     """
 
@@ -62,7 +64,13 @@ class Training:
     temporal_dropout: float = 0.0
     temporal_truncation: float = 0.0
     temporal_shift: int = 0
+    average_weights: float = 0.0
     preset: str | None = None
+
+    @property
+    def averaged_epochs(self) -> range:
+        """The epochs, from 1, whose weights are averaged."""
+        return range(self.epochs + 1 - math.ceil(self.average_weights * self.epochs), self.epochs + 1)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Training":

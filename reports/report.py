@@ -56,7 +56,10 @@ def write_report(res_dir: str | Path) -> Path:
         command=run.about.get("command"),
         simulated=run.about.get("simulated"),
         figures=_key_figures(run, confusion, tests),
-        notes=[*_describe_folds(run, matrices, labels, names), *_describe_validation(logs)],
+        notes=[
+            *_describe_folds(run, matrices, labels, names),
+            *_describe_validation({} if run.training.averaged_epochs else logs),
+        ],
         curves=[to_svg(figure) for figure in curves],
         tests=tests,
         classes=_describe_classes(confusion, labels, names),

@@ -114,7 +114,7 @@ def alone(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         (2, "fixed", ""),
         (3, "fixed", ""),
         # With smaller steps: Adam makes the most of gradients that are little more than rounding errors.
-        (3, "varying", "--lr 0.0001"),
+        (3, "varying", "--lr 0.0001 --average_weights 0.5"),
         *(SLOW if os.environ.get("SOAK") else ()),
     ],
 )

@@ -12,9 +12,9 @@ import torch
 import train
 from common.files import write_bytes
 from common.progress import tqdm
-from learning.checkpoints import STATE
+from learning.checkpoints import STATE, FoldProgress
 from learning.results import CONFIG
-from models.weights import CHECKPOINT
+from models.weights import CHECKPOINT, read_checkpoint
 from tests.commands import run_train
 from tests.folders import write_folder, write_meta
 from tests.processes import (
@@ -60,14 +60,14 @@ def has_epoch(res_dir: Path, fold: int, epoch: int) -> bool:
     return log.exists() and f'"{epoch}"' in log.read_text()
 
 
-def begin_run(folder: Path, res_dir: Path, epoch: int) -> None:
+def begin_run(folder: Path, res_dir: Path, epoch: int, *more: str) -> None:
     """Trains until fold 2 has finished an epoch, then kills the process."""
 
     def main() -> None:
         stop_when(res_dir, lambda: has_epoch(res_dir, 2, epoch))
         train.main()
 
-    pid = start(main, command(folder, res_dir, "--resume"), res_dir.with_name("log"))
+    pid = start(main, command(folder, res_dir, "--resume", *more), res_dir.with_name("log"))
     wait_until_stopped(pid)
     os.kill(pid, signal.SIGKILL)
     assert wait(pid) == -signal.SIGKILL
@@ -107,6 +107,38 @@ def test_killed_at_every_stage_gives_the_same_files(folder: Path, tmp_path: Path
     for fold in (1, 2):
         for name in (STATE, "trainlog.json", CHECKPOINT):
             assert any(stage.startswith(f"rename Fold_{fold}/{name} anew") for stage in killed), (fold, name)
+
+
+def test_the_mean_of_weights_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What is kept and tested is the plain mean over the last epochs, in one go or killed among them."""
+    weights, finish_epoch = [], FoldProgress.finish_epoch
+
+    def watch(progress: FoldProgress, scores: dict[str, float]) -> bool:
+        weights.append({name: x.clone() for name, x in progress.model.state_dict().items()})
+        return finish_epoch(progress, scores)
+
+    monkeypatch.setattr(FoldProgress, "finish_epoch", watch)
+    flags = "--average_weights", "0.5"
+    monkeypatch.setattr("sys.argv", ["train.py", *command(folder, tmp_path / "res", *flags)])
+    train.main()
+    assert "Fold 1/3  test of the mean of epochs 4 to 6: " in capsys.readouterr().out
+    whole = contents(tmp_path / "res")
+    for fold in (1, 2, 3):
+        kept = read_checkpoint(tmp_path / "res" / f"Fold_{fold}" / CHECKPOINT)
+        assert kept["epoch"] == EPOCHS
+        last = weights[EPOCHS * fold - 3 : EPOCHS * fold]
+        for name, values in kept["state_dict"].items():
+            mean = torch.stack([each[name].double() for each in last]).mean(0)
+            assert torch.allclose(values.double(), mean, rtol=1e-5, atol=1e-7), name
+
+    shutil.rmtree(tmp_path / "res")
+    begin_run(folder, tmp_path / "res", 5, *flags)
+    log = tmp_path / "log"
+    assert wait(start(train.main, command(folder, tmp_path / "res", "--resume", *flags), log)) == 0
+    found = contents(tmp_path / "res")
+    assert [name for name in whole if found[name] != whole[name] and name not in (CONFIG, "report.html")] == []
 
 
 def test_a_process_killed_while_it_draws_a_bar_stops_no_other(tmp_path: Path) -> None:
