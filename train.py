@@ -110,7 +110,7 @@ def parse_args() -> argparse.Namespace:
         help="let a GPU that holds the pixels repeat training steps by itself; no influence on results",
     )
     group = parser.add_argument_group(
-        "beyond the paper", "what gains on several datasets; all off without the flag"
+        "beyond the paper", "off without the flag; see docs/results.md for what it gains"
     )
     group.add_argument(
         "--average_weights",

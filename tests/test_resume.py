@@ -138,7 +138,9 @@ def test_the_mean_of_weights_goes_on(
     log = tmp_path / "log"
     assert wait(start(train.main, command(folder, tmp_path / "res", "--resume", *flags), log)) == 0
     found = contents(tmp_path / "res")
-    assert [name for name in whole if found[name] != whole[name] and name not in (CONFIG, "report.html")] == []
+    assert [
+        name for name in whole if found[name] != whole[name] and name not in (CONFIG, "report.html")
+    ] == []
 
 
 def test_a_process_killed_while_it_draws_a_bar_stops_no_other(tmp_path: Path) -> None:
