@@ -120,6 +120,8 @@ class FoldProgress:
                 _restore_optimizer(self.optimizer, state["optimizer"])
                 if self._mean is not None:
                     load_weights(self._mean, state["mean"], path)
+                    if not all(x.isfinite().all() for x in state["mean"].values()):
+                        raise ValueError("the mean of its weights is not finite")
             except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"{path} is not the state of a training ({error}); remove it to begin this fold again."

@@ -260,18 +260,20 @@ def test_checkpoint(place: Path, tmp_path: Path) -> None:
     check_reader(path, read, tmp_path / "log")
 
 
-def test_state_of_a_training(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("averaged", [range(0), range(1, 2)], ids=["best", "mean"])
+def test_state_of_a_training(place: Path, tmp_path: Path, averaged: range) -> None:
     model = small_model()
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.randn(3, 4)).sum().backward()
     optimizer.step()
     scores = {"val_IoU": 0.5, "val_loss": 1.0}
     folder = place / "res" / "Fold_3"
-    FoldProgress(folder, model, optimizer).finish_epoch(scores)
+    FoldProgress(folder, model, optimizer, averaged).finish_epoch(scores)
 
     def read() -> None:
-        progress = FoldProgress(folder, model, optimizer)
-        progress.load_best()
+        progress = FoldProgress(folder, model, optimizer, averaged)
+        progress.finish()
+        assert all(x.isfinite().all() for x in model.state_dict().values())
         model(torch.randn(3, 4)).sum().backward()
         optimizer.step()
 
