@@ -81,9 +81,8 @@ def check_batch(dataset: Dataset, batch_size: int) -> None:
     Raises:
         UserError: if the pixels, and what is computed of them at once, are larger.
     """
-    if dataset.device.type != "cpu" or not hasattr(
-        os, "sysconf"
-    ):  # a GPU says so itself; Windows does not promise
+    # A GPU says so itself; Windows does not promise.
+    if dataset.device.type != "cpu" or not hasattr(os, "sysconf"):
         return
     n_numbers = min(batch_size, len(dataset)) * dataset.n_dates * dataset.n_channels * dataset.npixel
     needed = (

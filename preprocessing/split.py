@@ -187,9 +187,9 @@ def _read_ground(
     centres: bool,
 ) -> GeoDataFrame:
     """The outlines of these parcels, in their order, in metres; of very many the centres, if these are enough."""
-    from geopandas import GeoDataFrame, GeoSeries
-
     outlines = read_outlines(source, id_column, own_ids, group_columns).set_index("id")
+    from geopandas import GeoDataFrame, GeoSeries  # without which the line above says what to install
+
     crs = ground_crs(outlines)
     missing = ids[~np.isin(ids, outlines.index)]
     if len(missing):

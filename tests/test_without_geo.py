@@ -1,5 +1,6 @@
 """Without the packages of requirements-geo.txt, what needs them says so in one sentence; the rest works."""
 
+import json
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,8 @@ def run_without(module: str, arguments: str) -> subprocess.CompletedProcess:
         ("prepare", "--images {0} --parcels {0}/parcels.gpkg --output {0}/new"),
         ("simulate", "{0}/new --rasters --parcels 5"),
         ("statistics", "{0}/folder"),
+        ("split", "{0}/folder --blocks 1"),
+        ("split", "{0}/folder --groups region"),
     ],
 )
 def test_one_sentence(tmp_path, module, arguments):
@@ -45,3 +48,13 @@ def test_statistics_need_none(tmp_path):
     done = run_without("statistics", str(folder))
     assert done.returncode == 0, done.stderr
     assert (folder / "normalisation_values.pkl").exists()
+
+
+def test_groups_of_a_file_need_none(tmp_path):
+    folder = write_folder(tmp_path / "folder")
+    ids = [path.stem for path in (folder / "DATA").glob("*.npy")]
+    groups = folder / "META" / "groups.json"
+    groups.write_text(json.dumps({parcel: number % 4 for number, parcel in enumerate(ids)}))
+    done = run_without("split", f"{folder} --groups {groups} --kfold 3")
+    assert done.returncode == 0, done.stderr
+    assert "No picture" in done.stdout and (folder / "META" / "folds.json").exists()
