@@ -210,9 +210,8 @@ def open_outlines(args: argparse.Namespace, run: Run) -> "GeoDataFrame | None":
     if folder is None:
         folder = embedded_dataset() if run.is_bare else run.dataset_folder
     own = Path(folder) / "META" / OUTLINES
-    is_embedded = args.dataset_folder is None and run.about.get("simulated", run.is_bare)
-    if is_embedded and not args.parcels and not own.exists():
-        raise UserError("--map needs outlines, which the embedded dataset does not have; give --parcels.")
+    if not args.parcels and not own.exists():
+        raise UserError(f"--map needs outlines, and {own} does not exist; give a file of them in --parcels.")
     return read_outlines(args.parcels or own, args.id_column, read_own_ids(Path(folder)))
 
 

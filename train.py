@@ -117,6 +117,12 @@ def parse_args() -> argparse.Namespace:
         type=fraction,
         help="share of the epochs, the last ones, whose mean weights are kept instead of those of the best epoch; 0.25 was tried",
     )
+    group.add_argument(
+        "--train_on_validation",
+        type=fraction,
+        help="share of the validation parcels of each fold, drawn at random, that are trained on too; the others still choose "
+        "the epoch and the temperature; 0.8 was tried",
+    )
     add_architecture_options(parser)
     parser.set_defaults(npixel=None, **asdict(Training()))
     args = parser.parse_args()
@@ -158,10 +164,11 @@ def main() -> None:
             print(f"Left out: {number} parcels {what}, which inference predicts")
     if dataset.n_unobserved:
         print(f"Left out: {dataset.n_unobserved} parcels without any observation")
-    splits = choose_splits(dataset, args.folds, args.kfold, args.rdm_seed)
+    splits = choose_splits(dataset, args.folds, args.kfold, args.rdm_seed, args.train_on_validation)
     class_names = read_class_names(dataset.folder, settings.labels)
     names = [class_names.get(str(label), str(label)) for label in settings.classes]
-    for line in describe_splits(splits, dataset.target, names):
+    notes = describe_splits(splits, dataset.target, names)
+    for line in notes:
         print(line)
     data = DataShape.of(dataset, len(settings.classes))
     architecture = resolve_architecture(typed_architecture(args), preset, data)
@@ -173,6 +180,7 @@ def main() -> None:
         "N_params": architecture.build().param_ratio(),
         "data_key": data_key(dataset.pid, dataset.target, splits),
         "class_names": class_names,
+        "notes": notes,
         "simulated": bool(read_info(dataset.folder).get("simulated")),
         "command": shlex.join(["python", "train.py", *sys.argv[1:]]),
         "device": str(device),

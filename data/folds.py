@@ -8,6 +8,7 @@ from sklearn.model_selection import KFold
 
 from common.errors import UserError
 from common.files import read_json
+from data.draws import stream_key
 from data.parcels import Parcels
 
 Split = tuple[list[int], list[int], list[int]]
@@ -85,11 +86,30 @@ def _check_ids(path: str | Path, parts: dict[str, list]) -> None:
             part_of[parcel] = name
 
 
-def choose_splits(dataset: Parcels, path: str | None, kfold: int, seed: int) -> list[Split]:
-    """Indices of training, validation and test parcels: of the folds of a file if given, else of random ones."""
+def choose_splits(
+    dataset: Parcels, path: str | None, kfold: int, seed: int, train_on_validation: float = 0.0
+) -> list[Split]:
+    """Indices of training, validation and test parcels: of the folds of a file if given, else of random ones.
+
+    Args:
+        dataset: has the parcels.
+        path: of a file of folds, see `read_folds`; None for `kfold` random ones.
+        kfold: number of random folds.
+        seed: of what is drawn.
+        train_on_validation: share of each validation part, below 1, that is drawn at random and moved to training.
+    """
     if path is not None:
-        return read_folds(path, dataset.pid, dataset.store.ids.tolist(), seed)
-    return fold_splits(len(dataset), kfold, seed)
+        splits = read_folds(path, dataset.pid, dataset.store.ids.tolist(), seed)
+    else:
+        splits = fold_splits(len(dataset), kfold, seed)
+    if not train_on_validation:
+        return splits
+    found = []
+    for fold, (train, val, test) in enumerate(splits, start=1):
+        draw = np.random.default_rng(stream_key("train_on_validation", seed, fold) % 2**63)
+        moved = set(draw.permutation(val)[: int(train_on_validation * len(val))].tolist())
+        found.append(([*train, *filter(moved.__contains__, val)], [i for i in val if i not in moved], test))
+    return found
 
 
 def read_folds(

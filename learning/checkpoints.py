@@ -38,7 +38,7 @@ STATE = "last.pth.tar"
 # What may differ when a run goes on: where things are, and what does not change results.
 _FREE = set(
     "overwrite resume res_dir dataset_folder folds norm cache_dir preload num_workers device display_step cuda_graph command versions "
-    "class_names nodata_declared".split()
+    "class_names nodata_declared notes".split()
 )
 
 Log = dict[int, dict[str, float]]

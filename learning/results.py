@@ -229,9 +229,9 @@ def _entries() -> dict[str, Callable[[Any], bool]]:
         **dict.fromkeys(("date_positions", "grid"), _or_none(_is_list, -math.inf)),
         **dict.fromkeys(("n_extra", "rdm_seed", "temporal_shift"), lambda value: _is_whole(value, 0)),
         **dict.fromkeys(("kfold", "epochs", "batch_size", "input_dim", "num_classes"), _is_whole),
-        **dict.fromkeys(
-            ("lr", "gamma", "temporal_dropout", "temporal_truncation", "average_weights"), _is_number
-        ),
+        **dict.fromkeys(("lr", "gamma", "temporal_dropout", "temporal_truncation"), _is_number),
+        **dict.fromkeys(("average_weights", "train_on_validation"), _is_number),
+        "notes": lambda value: isinstance(value, list) and all(map(is_text, value)),
         **dict.fromkeys(("mlp1", "mlp2", "mlp4"), _is_list),
         **dict.fromkeys((*flags(), "nodata_declared"), is_flag),
     }

@@ -50,6 +50,7 @@ class Training:
         temporal_truncation: share of the parcels whose series ends at a date drawn at random.
         temporal_shift: days, at most, by which a parcel's calendar is moved at random.
         average_weights: share of the epochs, the last ones, whose mean weights are kept instead of those of the best epoch.
+        train_on_validation: share of the validation parcels of each fold that are trained on too.
         preset: name of the configuration of config_fig2.json that was asked for.
     """
 
@@ -65,6 +66,7 @@ class Training:
     temporal_truncation: float = 0.0
     temporal_shift: int = 0
     average_weights: float = 0.0
+    train_on_validation: float = 0.0
     preset: str | None = None
 
     @property

@@ -24,7 +24,11 @@ from models.weights import folds_with
 from reports.plots import SCORES, plot_calibration, plot_confusion, plot_training, to_svg
 
 REPORT, TEMPLATE = "report.html", "report_template.html"
-_ELSEWHERE = ("command", "class_names")  # entries of conf.json that have their own places on the page
+_ELSEWHERE = (
+    "command",
+    "class_names",
+    "notes",
+)  # entries of conf.json that have their own places on the page
 
 
 def write_report(res_dir: str | Path) -> Path:
@@ -57,7 +61,8 @@ def write_report(res_dir: str | Path) -> Path:
         simulated=run.about.get("simulated"),
         figures=_key_figures(run, confusion, tests),
         notes=[
-            *_describe_folds(run, matrices, labels, names),
+            *run.about.get("notes", []),
+            *_describe_tests(matrices, labels, names),
             *_describe_validation({} if run.training.averaged_epochs else logs),
         ],
         curves=[to_svg(figure) for figure in curves],
@@ -114,32 +119,17 @@ def _spread(tests: dict[int, Any], key: str, digits: int) -> str:
     return f"folds: {np.mean(values):.{digits}f} \u00b1 {np.std(values):.{digits}f}" if values else ""
 
 
-def _describe_folds(
-    run: Run, matrices: dict[int, np.ndarray], labels: list[str], names: list[str]
-) -> Iterator[str]:
-    """A line on classes without a parcel in the test or the training of a fold, and on validations of one class alone.
-
-    Every parcel is tested in one fold. So once all are, their counts tell what the others are made of: a fold validates
-    on the part that another one tests, see `data.folds`.
-    """
+def _describe_tests(matrices: dict[int, np.ndarray], labels: list[str], names: list[str]) -> Iterator[str]:
+    """Lines on classes without a parcel in the test of all folds or of one."""
     tested = np.array([mat.sum(1) for mat in matrices.values()]).reshape(-1, len(labels))
-    K, every = len(tested), tested.sum(0)
-    lacks = {"test": tested == 0}
-    if K == run.training.kfold and K > 2:
-        as_published = [K - 1] * (K - 1) + [K - 2]
-        validated = tested[(np.arange(K) + 1) % K if run.about.get("folds") else as_published]
-        lacks["training"] = every - tested - validated == 0
-        for fold, single in zip(matrices, (validated > 0).sum(1) == 1):
-            if single:
-                yield f"Fold {fold} validates on a single class; its validation scores say little."
     titles = np.array([name or f"class {label}" for label, name in zip(labels, names)])
-    if K and not every.all():
-        yield f"No tested parcel at all: {', '.join(titles[every == 0])}."
-    for part, lacking in lacks.items():
-        lacking = {fold: titles[row & (every > 0)] for fold, row in zip(matrices, lacking)}
-        words = [f"fold {fold}: {', '.join(missing)}" for fold, missing in lacking.items() if len(missing)]
-        if words:
-            yield f"No {part} parcel in {'; '.join(words)}."
+    every = tested.any(0)
+    if len(tested) and not every.all():
+        yield f"No tested parcel at all: {', '.join(titles[~every])}."
+    lacking = {fold: titles[every & (row == 0)] for fold, row in zip(matrices, tested)}
+    words = [f"fold {fold}: {', '.join(missing)}" for fold, missing in lacking.items() if len(missing)]
+    if words:
+        yield f"No test parcel in {'; '.join(words)}."
 
 
 def _describe_validation(logs: dict[int, dict[str, Any]]) -> Iterator[str]:

@@ -77,12 +77,12 @@ def follow_season(
     Raises:
         UserError: if the model needs all dates, or no parcel can be scored.
     """
+    with as_user_error(FileNotFoundError, ValueError, TypeError):
+        ensemble = run.load("all", device)
     if run.architecture.n_dates is not None:
         raise UserError(
             f"the model of {run.folder} needs all {run.architecture.n_dates} dates; train one with --varying_dates."
         )
-    with as_user_error(FileNotFoundError, ValueError, TypeError):
-        ensemble = run.load("all", device)
     dataset, device = run.open_dataset(dataset_folder), next(ensemble.parameters()).device
     jury = run.jury(dataset, ensemble)
     if not jury.is_known or not ((dataset.target != UNKNOWN) & ~jury.seen).any():

@@ -114,7 +114,7 @@ def test_shows_the_scores_of_the_run(results: Path) -> None:
     config = json.loads((results / "conf.json").read_text())
     shown = {row[0]: row[1] for row in page.rows if len(row) == 2}
     assert shown["lr"] == "0.001" and shown["sub_classes"] == "[1, 3, 9]"
-    assert set(shown) >= set(config) - {"command", "class_names"}
+    assert set(shown) >= set(config) - {"command", "class_names", "notes"}
 
 
 def test_can_be_made_again(
@@ -241,29 +241,29 @@ def write_counts(results: Path, parts: list[list[int]]) -> None:
         (results / f"Fold_{fold}" / "conf_mat.pkl").write_bytes(pickle.dumps(np.diag(counts)))
 
 
-def test_says_which_classes_a_fold_lacks(results: Path, tmp_path: Path) -> None:
+def test_says_which_classes_no_fold_or_one_tests(results: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(results, tmp_path / "copy")
     write_counts(copy, [[5, 5, 3], [5, 5, 3], [5, 5, 3]])
     assert notes(copy) == ""
-    # Folds 1 and 2 validate on part 3, and fold 3 on part 2; so fold 1 trains on part 2, and folds 2 and 3 on part 1.
     write_counts(copy, [[5, 5, 0], [5, 5, 3], [5, 5, 3]])
-    test, training = [line for line in notes(copy).splitlines() if line.strip()]
-    assert "test" in test and re.findall(r"\d", test) == ["1", "9"]  # fold 1, class 9
-    assert "training" in training and re.findall(r"\d", training) == ["2", "9", "3", "9"]
-    config = json.loads((copy / "conf.json").read_text())
-    (copy / "conf.json").write_text(json.dumps(config | {"folds": "folds.json"}))  # validate on the next part
-    _, training = [line for line in notes(copy).splitlines() if line.strip()]
-    assert re.findall(r"\d", training) == ["2", "9"]
+    assert re.findall(r"\d", notes(copy)) == ["1", "9"]  # fold 1, class 9
     write_counts(copy, [[5, 5, 0], [5, 5, 0], [5, 5, 0]])
     assert re.findall(r"\d", notes(copy)) == ["9"]
-    (copy / "Fold_3" / "conf_mat.pkl").unlink()
-    assert "training" not in notes(copy)  # not known before all are tested
+
+
+def test_says_what_the_training_said_of_the_folds(results: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(results, tmp_path / "copy")
+    config = json.loads((copy / "conf.json").read_text())
+    assert config["notes"] == []
+    (copy / "conf.json").write_text(json.dumps(config | {"notes": ["Fold 2: no training parcel of <b>"]}))
+    assert notes(copy).strip() == "Fold 2: no training parcel of <b>"
+    del config["notes"]  # an older run
+    (copy / "conf.json").write_text(json.dumps(config))
+    assert notes(copy) == ""
 
 
 def test_says_that_a_validation_tells_nothing(results: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(results, tmp_path / "copy")
-    write_counts(copy, [[5, 5, 3], [5, 5, 3], [5, 0, 0]])
-    assert re.findall(r"[Ff]old (\d) validates", notes(copy)) == ["1", "2"]
     log = json.loads((copy / "Fold_2" / "trainlog.json").read_text())
     log["2"]["val_IoU"] = 1.0
     (copy / "Fold_2" / "trainlog.json").write_text(json.dumps(log))

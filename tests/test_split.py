@@ -9,7 +9,8 @@ import pytest
 import train
 from common.arrays import load_arrays
 from common.errors import UserError
-from data.folds import describe_splits, fold_splits, read_folds, read_splits
+from data.folds import choose_splits, describe_splits, fold_splits, read_folds, read_splits
+from dataset import PixelSetData
 from learning import crossvalidation
 from tests.commands import run_command, run_inference, run_train
 from tests.folders import write_folder, write_meta
@@ -517,3 +518,55 @@ def test_what_a_training_part_lacks_is_said_before() -> None:
     assert all(line.startswith("Fold 1") for line in lines) and len(lines) == 3
     assert "maize, rape" in lines[0]
     assert describe_splits(fold_splits(60, 5, 1), np.arange(60) % 2, ["a", "b"]) == []
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_share_of_the_validation_is_trained_on(from_file: bool, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set", n_parcels=60)
+    dataset = PixelSetData(folder, "label_44class", 4, None)
+    path = None
+    if from_file:
+        parts = [list(range(k, 61, 5)) for k in range(1, 6)]
+        path = str(tmp_path / "folds.json")
+        Path(path).write_text(json.dumps({"folds": parts}))
+    plain = choose_splits(dataset, path, 5, 1)
+    assert choose_splits(dataset, path, 5, 1, 0.0) == plain
+    moved = []
+    for share, left in ((0.8, 3), (0.5, 6), (0.99, 1)):
+        splits = choose_splits(dataset, path, 5, 1, share)
+        assert splits == choose_splits(dataset, path, 5, 1, share)
+        for (learned, val, test), (learned_before, val_before, test_before) in zip(splits, plain):
+            assert test == test_before and len(val) == left and set(val) < set(val_before)
+            assert learned[: len(learned_before)] == learned_before
+            assert sorted(learned + val) == sorted(learned_before + val_before)
+        moved.append([set(before[1]) - set(now[1]) for now, before in zip(splits, plain)])
+    assert all(half < most < nearly for most, half, nearly in zip(*moved))  # of one order
+    assert choose_splits(dataset, path, 5, 1, 0.8) != choose_splits(dataset, path, 5, 2, 0.8)
+
+
+def test_training_on_a_share_of_the_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder, flags = (
+        write_folder(tmp_path / "set", n_parcels=20, classes=(1, 3)),
+        "--epochs 1 --train_on_validation 0.5",
+    )
+    parts = [{"train": [1, 3, 5, 7], "validation": [2, 4], "test": [*range(8, 21)]}]  # classes by turns
+    path = write_splits(tmp_path / "f.json", parts)
+    results = run_train(folder, tmp_path / "few", f"--epochs 1 --folds {path}", monkeypatch)
+    notes = json.loads((results / "conf.json").read_text())["notes"]
+    assert (
+        len(notes) == 3
+        and "\n".join(notes) in capsys.readouterr().out
+        and "no training parcel of 3" in notes[0]
+    )
+    results = run_train(folder, tmp_path / "more", f"{flags} --folds {path}", monkeypatch)
+    notes = json.loads((results / "conf.json").read_text())["notes"]
+    assert len(notes) == 1 and "validation" in notes[0]
+    assert np.load(results / "Fold_1" / "validation_scores.npy").shape == (1,)
+    output = run_inference(folder, results, tmp_path / "out", "", monkeypatch)
+    rows = (output / "predictions.csv").read_text().splitlines()[1:]
+    assert [row.split(",")[5] for row in rows] == ["seen"] * 5 + ["all", "seen"] + ["1"] * 13
+    with pytest.raises(SystemExit, match="2"):
+        run_train(folder, results, f"--epochs 1 --folds {path} --resume", monkeypatch)
+    assert "train_on_validation is 0.0 but was 0.5" in capsys.readouterr().err
