@@ -49,6 +49,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.1},
     "mean": {"pooling": "mean"},
     "augmentation": {"temporal_dropout": 0.2, "temporal_shift": 10},
+    "validation": {"train_on_validation": 0.8},
 }
 # Lines of the table: a training, and which of its weights are tested.
 ROWS = {
@@ -63,6 +64,8 @@ ROWS = {
     "dropout 0.1 after the pixel-set encoder": ("dropout", "best"),
     "--pooling mean": ("mean", "best"),
     "--temporal_dropout 0.2 --temporal_shift 10": ("augmentation", "best"),
+    "--train_on_validation 0.8": ("validation", "best"),
+    "the same, and the mean of the weights as above": ("validation", "averaged"),
 }
 PAPER = next(iter(ROWS))
 CPU = torch.device("cpu")
@@ -186,7 +189,8 @@ def main(words: Sequence[str] | None = None) -> None:
         found = results.setdefault(str(seed), {})
         for name in (name for name in args.only if name not in found):
             dataset, run = make_run(args, seed, TRAININGS[name])
-            split = choose_splits(dataset, args.folds, args.kfold, seed)[0]
+            moved = run.training.train_on_validation
+            split = choose_splits(dataset, args.folds, args.kfold, seed, moved)[0]
             register(dataset.target[split[0]], run.architecture.n_classes)
             dropped = TRAININGS[name].get("dropout", 0.0)
             found[name] = train_first_fold(dataset, split, run, dropped, machine, f"{name}, seed {seed}")
