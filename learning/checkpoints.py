@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from common.errors import UserError, as_user_error
 from common.files import read_json, remove_unfinished, write_bytes, write_json
@@ -58,7 +58,8 @@ class FoldProgress:
         self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, averaged: range = range(0)
     ) -> None:
         self.folder, self.model, self.optimizer, self.averaged = folder, model, optimizer, averaged
-        self._mean = AveragedModel(model, use_buffers=True) if averaged else None
+        # On a GPU the default for all tensors at once fails for whole numbers, such as BatchNorm's count of batches.
+        self._mean = AveragedModel(model, avg_fn=get_swa_avg_fn(), use_buffers=True) if averaged else None
         self.epoch = self.best_epoch = 0
         self.log: Log = {}
         self._best = b""

@@ -39,6 +39,7 @@ CUDA, CPU, META = torch.device("cuda", 0), torch.device("cpu"), torch.device("me
 ROOM = 80 * 2**30  # bytes free on the device, unless told otherwise
 ROOT = Path(__file__).parent.parent
 aten = torch.ops.aten
+_GROUP = torch._C._group_tensors_by_device_and_dtype
 
 # Operators of which the host has to know the shape or value of the result.
 WAITS = {
@@ -153,6 +154,7 @@ def pretend_cuda(free: int = ROOM, kept: int = 0) -> Iterator[Log]:
             ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"), _check_capturable
         ),
         torch.backends.cudnn: {"is_acceptable": lambda tensor: False},
+        torch._C: {"_group_tensors_by_device_and_dtype": _group},
         Tensor: {"pin_memory": _pin},
     }
     with ExitStack() as stack:
@@ -422,6 +424,15 @@ def _pin(x: Tensor, device: Any = None) -> Tensor:
     pinned.copy_(x)
     pinned.pretends_pinned = True
     return pinned
+
+
+def _group(lists: list[list[Tensor]], with_indices: bool = False) -> dict[tuple, Any]:
+    """Tensors by device and type. Optimisers and means of weights choose by it what they do to many tensors at once."""
+    groups = _GROUP(lists, with_indices)
+    return {
+        (CUDA if isinstance(found[0][0], PretendTensor) else device, dtype): (found, indices)
+        for (device, dtype), (found, indices) in groups.items()
+    }
 
 
 def _check_capturable(optimizer: torch.optim.Optimizer) -> None:

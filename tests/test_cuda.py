@@ -44,7 +44,7 @@ from tests.commands import run_command, run_inference, run_train
 from tests.folders import NOMENCLATURE, write_folder, write_meta
 from tests.pretend_cuda import CUDA, ROOM, Log, PretendTensor, pretend_cuda
 
-FLAGS = {"L-TAE": "", "TAE": "--tae", "GRU": "--gru --average_weights 0.5", "TempCNN": "--tcnn"}
+FLAGS = {"L-TAE": "", "TAE": "--tae", "GRU": "--gru --average_weights 0.9", "TempCNN": "--tcnn"}
 WITH_ATTENTION = ("L-TAE", "TAE")
 EPOCHS = 2
 DATES = {
