@@ -31,7 +31,7 @@ from learning.options import (
 from learning.predictions import OUTPUTS, TABLE, Jury, describe_scores, predict, write_predictions
 from learning.results import CONFIG, prepare_output, read_confusions
 from learning.run import Run, open_run, published_run
-from models.architecture import Architecture, DataShape, read_preset
+from models.architecture import Architecture, DataShape, flags, read_preset
 from models.ensemble import Ensemble
 from models.weights import choose_folds
 from preprocessing.parcels import read_outlines
@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
         metavar="FILE",
         help="only write the model, in one file that other programs run: FILE.onnx or FILE.pt2",
     )
-    add_data_options(parser)
+    add_data_options(parser, "that of the training; of published weights the embedded simulated one")
     add_architecture_options(parser)
     return parser.parse_args()
 
@@ -223,6 +223,11 @@ def choose_run(args: argparse.Namespace) -> Run:
         print(f"Configuration: {args.weight_dir} has no {CONFIG}, so published defaults and flags")
         run = published_run(run.folder, typed, preset)
         run = replace(run, data=replace(run.data, seed=args.rdm_seed))
+    elif len(asked := [name for name in flags() if typed.get(name)]) == 1 and asked != [
+        run.architecture.encoder
+    ]:
+        title = run.architecture.kind.title
+        raise UserError(f"--{asked[0]}: {args.weight_dir} holds {title}; leave the flag out.")
     elif args.kfold:
         raise UserError(
             f"--kfold restores the folds of weights alone, but {args.weight_dir} has a {CONFIG}; leave it out."

@@ -11,6 +11,7 @@ import common  # isort: skip  # noqa: F401  # before torch, see there
 
 import argparse
 import copy
+import json
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -24,12 +25,13 @@ from torch.nn.functional import cross_entropy, dropout
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from benchmarks.baselines import fold_parser, open_data
-from common.errors import run_cli
+from common.errors import UserError, run_cli
 from common.files import read_json, write_json
 from common.flags import positive
 from common.machine import keep_freed_memory
 from common.progress import progress_bar
 from data.folds import Split, choose_splits
+from data.parts import data_key
 from dataset import PixelSetData
 from learning.crossvalidation import Machine, begin_epoch, held_out_batches, new_model
 from learning.engine import OPTIMIZERS, SCHEDULES, evaluation, train_epoch
@@ -155,6 +157,34 @@ def make_run(args: argparse.Namespace, seed: int, changes: dict[str, Any]) -> tu
     return dataset, Run(Path(), settings, architecture, Training.from_config(vars(args)))
 
 
+def describe_task(args: argparse.Namespace, dataset: PixelSetData, run: Run) -> dict[str, Any]:
+    """What the scores of a file must have in common."""
+    splits = choose_splits(dataset, args.folds, args.kfold, 1)
+    words = {name: value for name, value in run.to_config().items() if name not in ("rdm_seed", "N_params")}
+    return json.loads(
+        json.dumps({"parcels and folds": data_key(dataset.pid, dataset.target, splits)} | words)
+    )
+
+
+def take_up(file: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """The scores so far, {"task": ..., "scores": {seed: {training: ...}}}.
+
+    Raises:
+        UserError: if the file is of another task, or something else.
+    """
+    if not file.exists():
+        return {"task": task, "scores": {}}
+    results = read_json(file, "scores that this command wrote")
+    if not isinstance(results, dict) or results.keys() != {"task", "scores"}:
+        raise UserError(f"{file} is something else; expected scores that this command wrote.")
+    for name, value in task.items():
+        if (earlier := results["task"].get(name)) != value:
+            raise UserError(
+                f"{file} has scores of another task, where {name} was {earlier}, not {value}; choose another --res_file."
+            )
+    return results
+
+
 def format_table(results: dict[str, dict[str, Scores]]) -> str:
     """The table of the scores by seed and training, in Markdown; a line has the seeds that its training has."""
     lines = ["| | seeds | accuracy | mIoU |", "|---|---:|---:|---:|"]
@@ -165,10 +195,11 @@ def format_table(results: dict[str, dict[str, Scores]]) -> str:
             scores = scores - np.array([results[seed]["paper"]["best"] for seed in seeds]).reshape(-1, 2)
         if not seeds:
             continue
-        error = scores.std(0, ddof=1) / math.sqrt(len(seeds)) if len(seeds) > 1 else (math.nan,) * 2
         sign = "" if row == PAPER else "+"
-        columns = zip(scores.mean(0), error, (2, 4))
-        cells = (f"{mean:{sign}.{digits}f} +- {e:.{digits}f}" for mean, e, digits in columns)
+        cells = [f"{mean:{sign}.{digits}f}" for mean, digits in zip(scores.mean(0), (2, 4))]
+        if len(seeds) > 1:
+            errors = scores.std(0, ddof=1) / math.sqrt(len(seeds))
+            cells = [f"{cell} +- {e:.{digits}f}" for cell, e, digits in zip(cells, errors, (2, 4))]
         lines.append(f"| {row} | {len(seeds)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -184,10 +215,11 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     keep_freed_memory()
     machine, file = Machine(CPU, args.num_workers), Path(args.res_file)
-    results = read_json(file, "scores that this command wrote") if file.exists() else {}
+    dataset, run = make_run(args, args.rdm_seed, {})
+    results = take_up(file, describe_task(args, dataset, run))
     for seed in range(args.rdm_seed, args.rdm_seed + args.seeds):
-        found = results.setdefault(str(seed), {})
-        for name in (name for name in args.only if name not in found):
+        found = results["scores"].setdefault(str(seed), {})
+        for name in (name for name in dict.fromkeys(["paper", *args.only]) if name not in found):
             dataset, run = make_run(args, seed, TRAININGS[name])
             moved = run.training.train_on_validation
             split = choose_splits(dataset, args.folds, args.kfold, seed, moved)[0]
@@ -195,7 +227,7 @@ def main(words: Sequence[str] | None = None) -> None:
             dropped = TRAININGS[name].get("dropout", 0.0)
             found[name] = train_first_fold(dataset, split, run, dropped, machine, f"{name}, seed {seed}")
             write_json(file, results)
-    print(format_table(results))
+    print(format_table(results["scores"]))
 
 
 if __name__ == "__main__":

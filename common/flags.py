@@ -1,6 +1,7 @@
 """Readers of the command line: lists, numbers, days; and a parser whose mistakes end in one sentence."""
 
 import argparse
+import csv
 import difflib
 import math
 import re
@@ -10,10 +11,20 @@ from typing import Any
 
 def parse_labels(text: str) -> list[int] | list[str]:
     """Reads a list of labels, whole numbers or text, typed as [1,3] or [wheat,maize]."""
-    labels = [label.strip() for label in text.strip().removeprefix("[").removesuffix("]").split(",")]
-    if not all(labels):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of labels such as [1,3] or [wheat,maize]")
+    labels = [x.strip() for x in next(csv.reader([strip_brackets(text)], skipinitialspace=True), [""])]
+    if not labels or not all(labels):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} is not a list of labels such as [1,3] or [wheat,"oats, green"]'
+        )
     return [int(label) for label in labels] if all(re.fullmatch(r"-?\d+", x) for x in labels) else labels
+
+
+def strip_brackets(text: str) -> str:
+    """What stands in a pair of brackets, or the text if there is none; nothing of a pair that lacks one."""
+    inner = text.strip()
+    if inner.startswith("[") != inner.endswith("]"):
+        return ""
+    return inner.removeprefix("[").removesuffix("]").strip()
 
 
 def parse_month_day(text: str) -> tuple[int, int]:
@@ -63,7 +74,7 @@ def finite(text: str) -> float:
 
 def parse_widths(text: str) -> list[int]:
     """Reads a list of layer widths, all of at least 1, typed as [128,64]."""
-    if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text):
+    if not re.fullmatch(r"\d+(\s*,\s*\d+)*", strip_brackets(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as [128,64]")
     widths = [int(number) for number in re.findall(r"\d+", text)]
     if min(widths) < 1:

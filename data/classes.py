@@ -20,8 +20,10 @@ def read_class_names(folder: Path, nomenclature: str | None) -> dict[str, str]:
     if not path.exists():
         return {}
     content = read_json(path, _CLASSES)
-    names = content.get(nomenclature, {}) if isinstance(content, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(content, dict) or not all(isinstance(names, dict) for names in content.values()):
+        raise UserError(f"{path} is something else; expected {_CLASSES}.")
+    names = content.get(nomenclature, {})
+    if not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{path} is something else; expected {_CLASSES}, names in quotes.")
     return {label: name for label, name in names.items() if name != label}  # what names itself needs no name
 

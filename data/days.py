@@ -58,8 +58,9 @@ def read_days(folder: Path, parcels: Sequence[int]) -> Days:
     if not isinstance(dates, dict) or not dates:
         raise UserError(f"{path} is something else; expected {_DATES}.")
     if not any(isinstance(value, list) for value in dates.values()):
-        if set(dates) != {str(i) for i in range(len(dates))}:
-            raise UserError(f"{path} is something else; expected {_DATES}.")
+        wrong = [number for number in dates if number not in {str(i) for i in range(len(dates))}]
+        if wrong:
+            raise UserError(f"{path} has a date {wrong[0]!r} among {len(dates)}; expected {_DATES}.")
         return Days(
             np.array([_to_day(dates[str(i)], f"{path}: date {i}") for i in range(len(dates))], np.int32)
         )

@@ -22,13 +22,14 @@ def read_extra_features(
     The statistics are those of all parcels in the file (deviation with n - 1), unless given.
     """
     path = folder / "META" / f"{name}.json"
-    values = read_json(path, f"{_EXTRA}, or the flag --geomfeat 0")
+    remedy = "train with --geomfeat 0" if stats is None else "use a model that was trained with --geomfeat 0"
+    values = read_json(path, f"{_EXTRA}; add it, or {remedy}")
     if not isinstance(values, dict):
         raise UserError(f"{path} is something else; expected {_EXTRA}.")
     missing = [parcel for parcel in map(str, ids.tolist()) if parcel not in values]
     if missing:
         raise UserError(
-            f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it or train with --geomfeat 0."
+            f"{path} has no entry for parcel {missing[0]} ({len(missing)} missing in all); add it, or {remedy}."
         )
     everything, names = _stack_features(path, values), list(values)
     del values  # of many parcels they take much memory

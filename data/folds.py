@@ -63,6 +63,8 @@ def _read_split(path: str | Path, number: int, split: object) -> dict[str, list[
     """One entry of "splits", checked."""
     if not isinstance(split, dict) or not all(isinstance(split.get(part, []), list) for part in PARTS):
         raise UserError(f"{path}: split {number} is something else; expected {_FOLDS}.")
+    if unknown := [name for name in split if name not in PARTS]:
+        raise UserError(f"{path}: split {number} has {unknown[0]!r}; expected {', '.join(PARTS)}.")
     _check_ids(path, {f"{part} of split {number}": split.get(part, []) for part in PARTS})
     for part in ("train", "test"):
         if not split.get(part):
@@ -155,10 +157,10 @@ def read_folds(
             n = max(1, len(order) // 5)
             parts["train"], parts["validation"] = sorted(order[n:].tolist()), sorted(order[:n].tolist())
         for part, indices in parts.items():
-            if not indices:
+            if len(indices) < (least := 2 if part == "train" else 1):
                 raise UserError(
-                    f"{path}: fold {number} has no {part} parcel of the classes to tell apart; use fewer folds or smaller "
-                    "blocks."
+                    f"{path}: fold {number} has {len(indices)} {part} parcels of the classes to tell apart; at least "
+                    f"{least} are needed: use fewer folds or smaller blocks."
                 )
         found.append(tuple(parts[part] for part in PARTS))
     return found
@@ -173,7 +175,9 @@ def describe_splits(splits: Sequence[Split], targets: np.ndarray, names: Sequenc
         names: of the classes.
     """
     lines = []
-    for fold, (train, val, _) in enumerate(splits, start=1):
+    for fold, (train, val, test) in enumerate(splits, start=1):
+        if left_out := len(targets) - len(train) - len(val) - len(test):
+            lines.append(f"Fold {fold}: {left_out:,} parcel(s) in no part of it")
         trained, validated = set(targets[train].tolist()), set(targets[val].tolist())
         absent = [names[k] for k in range(len(names)) if k not in trained]
         if absent:

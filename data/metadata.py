@@ -15,7 +15,7 @@ from common.files import read_json
 Arrays = tuple[np.ndarray, np.ndarray]
 PIXELS, DAYS = "PIXELS", "days.npy"  # the packed pixels of a folder without DATA, and dates by parcel there
 _LABELS = "{nomenclature: {parcel id: label}}"
-_INFO = '{"nodata": number or null, "bands": [names], ...}'
+_INFO = '{"nodata": number or null, "units": number above 0 or null, "bands": [names], ...}'
 
 
 def read_nomenclatures(folder: Path) -> dict[str, dict[str, Any]]:
@@ -139,18 +139,20 @@ def read_info(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     info = read_json(path, _INFO)
-    nodata = info.get("nodata") if isinstance(info, dict) else False
-    if isinstance(nodata, bool) or not isinstance(nodata, int | float | None):
+    if not isinstance(info, dict):
         raise UserError(f"{path} is something else; expected {_INFO}.")
+    for name in ("nodata", "units"):
+        value = info.get(name)
+        is_number = isinstance(value, int | float | None) and not isinstance(value, bool)
+        if not is_number or (name == "units" and value is not None and not value > 0):
+            raise UserError(f"{path}: {name} is {value!r}; expected {_INFO}.")
     return info
 
 
 def read_units(folder: Path) -> float | None:
     """What a number of the pixels is in reflectance, by META/info.json; None if unknown."""
     units = read_info(folder).get("units")
-    return (
-        float(units) if isinstance(units, int | float) and not isinstance(units, bool) and units > 0 else None
-    )
+    return None if units is None else float(units)
 
 
 def check_norm(norm: Any, shape: tuple[int | None, int], source: str | Path = "norm") -> Arrays:

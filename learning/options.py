@@ -5,7 +5,6 @@ configuration of a trained run); the published default. A size that is not typed
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from models.architecture import (
     Size,
     chosen_encoder,
     default_settings,
+    describe_default,
     flags,
     known_encoders,
 )
@@ -41,10 +41,12 @@ from models.architecture import (
 TEMPORAL = ("temporal_dropout", "temporal_truncation", "temporal_shift")
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Flags on the dataset and on how it is read."""
+def add_data_options(
+    parser: argparse.ArgumentParser, otherwise: str = "the embedded simulated dataset"
+) -> None:
+    """Flags on the dataset and on how it is read; `otherwise` says in words which one is read without a flag."""
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_folder", help="dataset folder; without it the embedded simulated dataset")
+    group.add_argument("--dataset_folder", help=f"dataset folder; without it {otherwise}")
     group.add_argument(
         "--labels", help=f"nomenclature of META/labels.json; without it {LABELS}, or the only one there is"
     )
@@ -187,13 +189,10 @@ def add_architecture_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "architecture", f"PSE + L-TAE unless {', '.join(names[:-1])} or {names[-1]} is given"
     )
-    defaults = default_settings()
 
     def add(name: str, help: str, **kwargs: Any) -> None:
-        shown = json.dumps(defaults[name], separators=(",", ":")).replace('"', "")
-        group.add_argument(
-            f"--{name}", default=argparse.SUPPRESS, help=f"{help} (default: {shown})", **kwargs
-        )
+        text = f"{help} (default: {describe_default(name)})"
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text, **kwargs)
 
     group.add_argument(
         "--preset", help="a configuration of config_fig2.json, such as LTAE/9k; other flags win over it"

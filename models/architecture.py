@@ -223,6 +223,16 @@ def default_settings(encoder: str = DEFAULT_ENCODER) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
+def describe_default(name: str) -> str:
+    """The published default of a setting for people: of each encoder, where they differ."""
+    kinds = [kind for kind in known_encoders().values() if name in kind.sizes]
+    values = {kind.title.removeprefix("PSE + "): kind.sizes[name].default for kind in kinds}
+    texts = [json.dumps(value, separators=(",", ":")) for value in values.values()]
+    if len(set(texts)) > 1:
+        return "; ".join(map(" ".join, zip(values, texts)))
+    return json.dumps(default_settings()[name], separators=(",", ":")).replace('"', "")
+
+
 def read_preset(name: str | None) -> dict[str, Any]:
     """Settings of a configuration of config_fig2.json by its name, ARCHITECTURE/SIZE; none for None.
 

@@ -60,6 +60,9 @@ class PixelSetEncoder(nn.Module):
             raise ValueError(
                 f"PSE: pooling {pooling!r} contains {unknown[0]!r}; join any of {', '.join(POOLING)} by '_'."
             )
+        for name, widths in (("mlp1", mlp1), ("mlp2", mlp2)):
+            if len(widths) < 2:
+                raise ValueError(f"PSE: {name} is {list(widths)}; expected at least two widths, in and out.")
         if mlp1[0] != input_dim:
             raise ValueError(
                 f"PSE: mlp1[0] is {mlp1[0]} but a pixel has input_dim={input_dim} channels; they must agree."

@@ -57,7 +57,10 @@ def parse_args() -> argparse.Namespace:
     add("--parcels", required=True, help="file with the outlines, in any vector format")
     add("--output", required=True, help="dataset folder to write, new or empty")
     add = parser.add_argument_group("parcels").add_argument
-    add("--label_column", help="column of the labels; without it, the dataset has none")
+    add(
+        "--label_column",
+        help="column of the labels, empty where one is not known; without it, the dataset has none",
+    )
     add("--class_column", help="column of the labels' names, where labels are numbers")
     add("--id_column", help="column of the ids; without it, parcels are numbered from 1")
     add("--layer", help="layer of the parcels' file; needed where it has several")
@@ -228,9 +231,11 @@ def _prepare(
         write_json(complete / "META" / "classes.json", {args.label_column: parcels.classes})
     left_out += report.left_out
     write_csv(complete / "META" / LEFT_OUT, [("parcel", "reason"), *left_out])
-    prepared = summarise(grids, report.dates, len(report.kept), left_out) | {"bands": bands, **units}
-    write_json(complete / "META" / PREPARED, prepared)
     kept = parcels.table["id"].isin(report.kept).to_numpy()
+    n_unlabelled = int(parcels.table.label[kept].isna().sum()) if args.label_column else 0
+    prepared = summarise(grids, report.dates, len(report.kept), n_unlabelled, left_out)
+    prepared |= {"bands": bands, **units}
+    write_json(complete / "META" / PREPARED, prepared)
     save_figure(complete / "META" / "prepared.png", plot_prepared(prepared, grids, parcels.table, kept))
     if output.exists():
         output.rmdir()

@@ -141,6 +141,9 @@ def split(
             source, ids, column, own_ids, () if in_file else groups, not (buffer or groups)
         )
     except UserError as error:
+        if groups and not in_file and parcels is None:
+            hint = "The file that has it can be given: --parcels FILE --id_column COLUMN."
+            raise UserError(f"{error} {hint}") from error
         if blocks_km is not None or buffer or parcels is not None or not in_file:
             raise
         print(f"No picture of the folds: {error}")
@@ -255,8 +258,9 @@ def describe(
             lines[-1] += f"; {near[k].sum():,} parcels too near are left out of the fold that tests it"
     local = [label for label in np.unique(labels) if len(np.unique(part[labels == label])) < n_parts]
     if local:
+        more = f" and {len(local) - 10} more" if len(local) > 10 else ""
         lines.append(
-            f"Not in every part: {len(local)} of {len(np.unique(labels))} classes ({', '.join(local[:10])})"
+            f"Not in every part: {len(local)} of {len(np.unique(labels))} classes ({', '.join(local[:10])}{more})"
         )
     (largest, count), *_ = Counter(groups.tolist()).most_common(1)
     if 2 * count > len(groups):

@@ -66,7 +66,7 @@ def write_suspects(table: Path, output: Path) -> str:
     write_csv(output / SUSPECTS, [columns, *([row[name] for name in columns] for row in suspects)])
     save_figure(output / PICTURE, plot_suspects(suspects, n_looked_at))
     return (
-        f"{len(suspects)} of {n_looked_at} parcels with a known class are predicted as another, the surest first: "
+        f"{len(suspects)} of {n_looked_at} parcels with a known class are predicted as another, the least probable label first: "
         f"{output / SUSPECTS}, {output / PICTURE}"
     )
 

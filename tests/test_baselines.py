@@ -89,17 +89,42 @@ def test_the_papers_recipe_is_that_of_train(
     file = tmp_path / "gains.json"
     command = f"{options} --res_file {file} --seeds 1"
     run_command(what_helps.main, f"{command} --only paper", monkeypatch)
-    found = json.loads(file.read_text())["1"]["paper"]
+    results = json.loads(file.read_text())
+    found = results["scores"]["1"]["paper"]
     assert found["best"] == [metrics["test_accuracy"], metrics["test_IoU"]]
 
-    file.write_text(json.dumps({"1": {"paper": {"best": [50, 0.5], "last": [51, 0.51], "averaged": [0, 0]}}}))
+    results["scores"]["1"]["paper"] = {"best": [50, 0.5], "last": [51, 0.51], "averaged": [0, 0]}
+    file.write_text(json.dumps(results))
     capsys.readouterr()
-    run_command(what_helps.main, f"{command} --epochs 1", monkeypatch)  # the others alone
-    assert json.loads(file.read_text())["1"].keys() == what_helps.TRAININGS.keys()
+    run_command(what_helps.main, command, monkeypatch)  # the others alone
+    assert json.loads(file.read_text())["scores"]["1"].keys() == what_helps.TRAININGS.keys()
     printed = capsys.readouterr().out
     assert "| last instead of best epoch | 1 | +1.00" in printed and len(printed.splitlines()) == 2 + len(
         what_helps.ROWS
     )
+
+
+def test_scores_of_another_task_are_not_taken_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = tmp_path / "gains.json"
+    command = f"--kfold 3 --npixel 6 --batch_size 4 --epochs 1 --num_workers 0 --seeds 1 --res_file {file} --only mean"
+    run_command(what_helps.main, f"{command} --dataset_folder {folder}", monkeypatch)
+    before = file.read_bytes()
+    assert json.loads(before)["scores"]["1"].keys() == {"paper", "mean"}  # no gain without the paper's
+    other = write_folder(tmp_path / "other", 18, classes=(1, 9, 3), dtype=np.float32, extra_size=0)
+    for options, name in (
+        (f"--dataset_folder {other}", "parcels and folds"),
+        (f"--dataset_folder {folder} --kfold 4", "parcels and folds"),
+        (f"--dataset_folder {folder} --epochs 2", "epochs"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run_command(what_helps.main, f"{command} {options}", monkeypatch)
+        message = capsys.readouterr().err
+        assert f"{name} was" in message and "--res_file" in message
+    file.write_text('{"1": {}}')
+    with pytest.raises(SystemExit, match="2"):
+        run_command(what_helps.main, f"{command} --dataset_folder {folder}", monkeypatch)
 
 
 def test_gains_are_those_of_pairs() -> None:

@@ -156,6 +156,22 @@ def test_pickles_are_never_followed(refuse: object, tmp_path: Path) -> None:
     assert "metadata.pkl" in refuse("timematch", tile) and not (tmp_path / "executed").exists()
 
 
+def test_what_an_archive_lacks_is_not_made_up(refuse: object, tmp_path: Path) -> None:
+    tile = tmp_path / "x" / "y" / "2017"
+    published.write_timematch(tile, ["a", "b"])
+    chunk = next(path for path in sorted((tile / "data" / "1.zarr").rglob("*")) if path.name[0].isdigit())
+    chunk.unlink()
+    assert "1.zarr lacks" in refuse("timematch", tile)
+    published.write_breizhcrops(tmp_path / "breizh")
+    (tmp_path / "breizh" / "2017" / "L1C" / "frh03.h5").unlink()
+    assert "frh03.csv" in refuse("breizhcrops", tmp_path / "breizh" / "2017" / "L1C")
+    (tmp_path / "ucr").mkdir()
+    for line in ("", "0.5\t2"):
+        (tmp_path / "ucr" / "A_TRAIN.tsv").write_text("1\t0.5\t2\n" if line else "")
+        (tmp_path / "ucr" / "A_TEST.tsv").write_text(f"\t{line}\n" if line else "1\t2\t3\n")
+        assert "expected series, each of a class" in refuse("ucr", tmp_path / "ucr")
+
+
 @pytest.mark.parametrize("level", ["L1C", "L2A"])
 def test_breizhcrops(level: str, run: object, tmp_path: Path) -> None:
     tables = published.write_breizhcrops(tmp_path / "breizh", level)

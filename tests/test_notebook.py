@@ -41,6 +41,14 @@ def pictures(cells: list) -> int:
     return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.outputs)
 
 
+def test_notebook_of_a_run_without_attention(
+    run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    results = run_train(run[0], tmp_path / "gru", "--gru --epochs 1 --batch_size 16", monkeypatch)
+    assert pictures(execute(results, run[0], NOTEBOOK.parent)) == 3
+
+
 @pytest.mark.parametrize("published", [False, True], ids=["run", "published weights"])
 def test_notebook(
     published: bool, run: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

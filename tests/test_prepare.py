@@ -125,8 +125,8 @@ def test_whole_ids_and_labels_stay(images, run, tmp_path):
     )
     folder = run("--label_column code --id_column plot")
     assert read_meta(folder, "labels") == {"code": {"5": 9, "70": 4}}
-    assert set(read_data(folder)) == {"5", "70"}
-    assert left_out(folder) == {"12": "no label in column 'code'"}
+    assert set(read_data(folder)) == {"5", "12", "70"}  # without a label it can be predicted
+    assert left_out(folder) == {} and read_meta(folder, "prepared")["unlabelled"] == 1
     assert not (folder / "META" / "classes.json").exists()
 
 

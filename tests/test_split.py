@@ -43,7 +43,7 @@ def test_parcels_of_other_classes_may_be_named(tmp_path: Path) -> None:
         UserError, match=r"names parcel 2, which the dataset does not have \(2 unknown in all\)"
     ):
         read_folds(path, kept)
-    with pytest.raises(UserError, match="no validation parcel of the classes"):
+    with pytest.raises(UserError, match="0 validation parcels of the classes"):
         read_folds(path, IDS[:-1], known=IDS)
 
 
@@ -488,6 +488,8 @@ def test_splits_may_leave_parcels_out_and_overlap_between_folds(tmp_path: Path) 
         ([{"train": [1], "validation": 3, "test": [2]}], ["split 1"]),
         ([{"train": [1], "validation": ["x"], "test": [2]}], ["'x'"]),
         ([{"train": [1], "validation": [3], "test": [77]}], ["77"]),
+        ([{"train": [1], "valid": [3], "test": [2]}], ["split 1", "'valid'", "train, validation, test"]),
+        ([{"train": [1], "validation": [3], "test": [2]}], ["1 train parcels", "at least 2"]),
     ],
 )
 def test_wrong_splits_in_one_sentence(splits: object, words: list[str], tmp_path: Path) -> None:
@@ -517,6 +519,7 @@ def test_what_a_training_part_lacks_is_said_before() -> None:
     lines = describe_splits(splits, targets, ["wheat", "maize", "rape"])
     assert all(line.startswith("Fold 1") for line in lines) and len(lines) == 3
     assert "maize, rape" in lines[0]
+    assert describe_splits([([0, 3], [5], [1])], targets, ["wheat"] * 3)[0].startswith("Fold 1: 2 parcel(s)")
     assert describe_splits(fold_splits(60, 5, 1), np.arange(60) % 2, ["a", "b"]) == []
 
 
@@ -556,13 +559,13 @@ def test_training_on_a_share_of_the_validation(
     results = run_train(folder, tmp_path / "few", f"--epochs 1 --folds {path}", monkeypatch)
     notes = json.loads((results / "conf.json").read_text())["notes"]
     assert (
-        len(notes) == 3
+        len(notes) == 4
         and "\n".join(notes) in capsys.readouterr().out
-        and "no training parcel of 3" in notes[0]
+        and "no training parcel of 3" in notes[1]
     )
     results = run_train(folder, tmp_path / "more", f"{flags} --folds {path}", monkeypatch)
     notes = json.loads((results / "conf.json").read_text())["notes"]
-    assert len(notes) == 1 and "validation" in notes[0]
+    assert len(notes) == 2 and "validation" in notes[1]
     assert np.load(results / "Fold_1" / "validation_scores.npy").shape == (1,)
     output = run_inference(folder, results, tmp_path / "out", "", monkeypatch)
     rows = (output / "predictions.csv").read_text().splitlines()[1:]

@@ -1,4 +1,4 @@
-"""suspects.csv: parcels whose label looks wrong, the surest first."""
+"""suspects.csv: parcels whose label looks wrong, the least probable label first."""
 
 import csv
 import json

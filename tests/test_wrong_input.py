@@ -297,6 +297,16 @@ FOLDERS = {
     "mean complex": (statistics((1j * ones(4), ones(4))), [STATISTICS, "complex128"]),
     "mean of a class": (statistics((Path("a"), ones(4))), [STATISTICS, "pathlib", "NumPy arrays"]),
     "statistics damaged": (put(STATISTICS, b"garbage"), [STATISTICS, "cannot be read"]),
+    "units are text": (
+        put("META/info.json", b'{"nodata": null, "units": "1"}'),
+        ["info.json: units is '1'", "number"],
+    ),
+    "units of 0": (put("META/info.json", b'{"units": 0}'), ["info.json: units is 0"]),
+    "nodata is text": (put("META/info.json", b'{"nodata": "0"}'), ["info.json: nodata is '0'"]),
+    "flat names": (
+        put("META/classes.json", b'{"1": "wheat"}'),
+        ["classes.json is something else", "nomenclature"],
+    ),
     "statistics truncated": (
         put(STATISTICS, pickle.dumps((ones(4), ones(4)))[:-20]),
         [STATISTICS, "cannot be read"],
@@ -362,6 +372,9 @@ FLAGS = {
     "--mlp3 []": ["--mlp3", "[128,64]"],
     "--mlp3 [128,0]": ["--mlp3", "contains a 0"],
     "--mlp3 128.5": ["--mlp3", "[128,64]"],
+    "--mlp3 [128,64": ["--mlp3", "'[128,64'", "[128,64]"],
+    "--mlp1 [4]": ["mlp1 is [4]", "at least two"],
+    "--sub_classes [1,3": ["--sub_classes", "'[1,3'", "[1,3]"],
     "--labels other": ["labels.json has no nomenclature 'other'", NOMENCLATURE, "--labels"],
     "--sub_classes [1,3,7]": ["--sub_classes contains 7", "1, 3, 9"],
     "--sub_classes [1]": ["only one class, 1"],
@@ -493,7 +506,7 @@ INFERENCE_FLAGS = {
     "--norm nowhere.pkl": ["nowhere.pkl", "No such file"],
     "--n_head 4": [CHECKPOINT, "another architecture", "attention_heads.Q is (2, 2) instead of (4, 2)"],
     "--positions order": [CHECKPOINT, "another architecture", "position_enc"],
-    "--tcnn": [CHECKPOINT, "another architecture"],
+    "--tcnn": ["--tcnn", "L-TAE", "leave the flag out"],
     "--tae --gru": ["--tae, --gru and --tcnn"],
     "--preset LTAE/34k": [CHECKPOINT, "another architecture"],
     "--input_dim 10": ["10", "4"],
@@ -674,7 +687,10 @@ def test_an_entry_that_the_configuration_lacks_has_its_default(infer, results, t
         ({"n_dates": 6}, ["5 dates", "has 6"]),
         ({"n_channels": 5}, ["4 channels", "has 5"]),
         ({"extra_size": 3}, ["geomfeat.json", "3", "trained with 4"]),
-        ({"extra_size": 0}, ["geomfeat.json", "No such file"]),
+        (
+            {"extra_size": 0},
+            ["geomfeat.json", "No such file", "use a model that was trained with --geomfeat 0"],
+        ),
     ],
 )
 def test_data_of_another_shape_than_trained_on(infer, tmp_path, options, words):

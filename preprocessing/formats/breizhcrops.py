@@ -18,6 +18,9 @@ def open_source(folder: Path) -> Source:
     opened = {path.stem: h5py.File(path, "r") for path in sorted(folder.glob("*.h5"))}
     if not opened:
         raise UserError(f"{folder} has no .h5 file; give a folder such as 2017/L1C, with one per region.")
+    for table in sorted(folder.glob("frh*.csv")):
+        if table.stem not in opened:
+            raise UserError(f"{table} has no {table.stem}.h5 beside it; add that, or remove the table.")
     places = [place / "classmapping.csv" for place in (folder, *folder.resolve().parents[:2])]
     mapping = next((path for path in places if path.exists()), places[-1])
     classes = {row["code"]: row for row in read_table(mapping, ("id", "classname", "code"))}

@@ -61,7 +61,10 @@ def open_source(folder: Path, class_mapping: Path | None = None) -> Source:
         )
 
     def read(i: int) -> Pixels:
-        stored = np.asarray(zarr.open_array(paths[i], mode="r")[:])
+        array = zarr.open_array(paths[i], mode="r")
+        if array.nchunks_initialized < array.nchunks:  # which zarr reads as zeros
+            raise UserError(f"{paths[i]} lacks some of its files; unpack the archive again.")
+        stored = np.asarray(array[:])
         pixels = stored[:, ORDER]
         if n_channels == 11:
             np.moveaxis(pixels, 1, -1)[stored[:, 10] > 0] = 0

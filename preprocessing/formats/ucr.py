@@ -27,7 +27,10 @@ def open_source(folder: Path) -> Source:
     series, labels, groups = [], [], []
     for part, path in parts.items():
         with as_user_error(ValueError, prefix=f"{path} is not as expected: "):
-            for channels, label in parse(path.read_text(encoding="utf-8")):
+            rows = parse(path.read_text(encoding="utf-8"))
+            if not rows or not all(label.strip() for _, label in rows):
+                raise ValueError("expected series, each of a class.")
+            for channels, label in rows:
                 values = np.full((max(map(len, channels)), len(channels)), np.nan)
                 for k, own in enumerate(channels):
                     values[: len(own), k] = own

@@ -90,12 +90,10 @@ def read_parcels(
             f"{path}: the outline of parcel {own_ids[empty].iloc[0]} is empty or not an area ({empty.sum()} such in "
             "all); expected polygons. Correct the file, or leave such parcels out with --skip_invalid."
         )
-    unknown = ~empty & (parcels.label.isna() if label_column else False)
-    if label_column and (unknown | empty).all():
+    if label_column and (parcels.label.isna() | empty).all():
         raise UserError(f"{path}: column {label_column!r} is empty; choose another --label_column.")
     left_out = [(name, "its outline is empty or not an area") for name in own_ids[empty]]
-    left_out += [(name, f"no label in column {label_column!r}") for name in own_ids[unknown]]
-    return Parcels(parcels[~empty & ~unknown].reset_index(drop=True), left_out, classes)
+    return Parcels(parcels[~empty].reset_index(drop=True), left_out, classes)
 
 
 def ids_in_file(parcels: GeoDataFrame) -> pandas.Series:

@@ -210,7 +210,8 @@ def _write_meta(
     write_json_line(meta / "sizes.json", {key: int(sizes[int(key)]) for key in keys})
     write_json_line(meta / "geomfeat.json", {key: geometry[int(key)] for key in keys})
     if nomenclature:
-        write_json_line(meta / "labels.json", {nomenclature: dict(zip(keys, rows["label"]))})
+        labels = {key: label for key, label in zip(keys, rows["label"]) if label is not None}
+        write_json_line(meta / "labels.json", {nomenclature: labels})
     else:
         outlines = outlines.drop(columns="label")
     write_json(meta / "info.json", info | {"crs": name_crs(crs), "geomfeat": GEOMFEAT})

@@ -23,6 +23,7 @@ def summarise(
     grids: Sequence[Grid],
     dates: dict[tuple[int, int], np.ndarray],
     n_kept: int,
+    n_unlabelled: int,
     left_out: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
     """The content of META/prepared.json.
@@ -31,6 +32,7 @@ def summarise(
         grids: with the images.
         dates: of every date, pixels of parcels, how many are missing, and how many are 0 in all bands.
         n_kept: number of parcels.
+        n_unlabelled: how many of them have no label, though there is a column of labels.
         left_out: the other parcels and why.
     """
     images = Counter(image.when for grid in grids for image in grid.images)
@@ -45,6 +47,7 @@ def summarise(
         "tiles": sum(len(grid.places) for grid in grids),
         "crs": [name_crs(grid.crs) for grid in grids],
         "parcels": n_kept,
+        "unlabelled": n_unlabelled,
         "left_out": dict(Counter(reason for _, reason in left_out)),
         "missing": float(total[1] / total[0]),
         "zeros": float(total[2] / total[0]),
@@ -66,6 +69,10 @@ def describe(prepared: dict[str, Any]) -> list[str]:
         for group in prepared["offsets"]
     ]
     lines.append(f"parcels: {prepared['parcels']:,} kept, {sum(prepared['left_out'].values()):,} left out")
+    if prepared.get("unlabelled"):
+        lines.append(
+            f"without a label {prepared['unlabelled']:,}: inference predicts them, training leaves them out"
+        )
     lines += [f"left out {n}: {reason}" for reason, n in prepared["left_out"].items()]
     lines.append(f"missing: {100 * prepared['missing']:.1f}% of the observations of pixels")
     lines += [
