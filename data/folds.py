@@ -159,8 +159,8 @@ def read_folds(
         for part, indices in parts.items():
             if len(indices) < (least := 2 if part == "train" else 1):
                 raise UserError(
-                    f"{path}: fold {number} has {len(indices)} {part} parcels of the classes to tell apart; at least "
-                    f"{least} are needed: use fewer folds or smaller blocks."
+                    f"{path}: fold {number} has {len(indices)} {part} parcel(s) of the classes to tell apart, where at "
+                    f"least {least} are needed; use fewer folds or smaller blocks."
                 )
         found.append(tuple(parts[part] for part in PARTS))
     return found

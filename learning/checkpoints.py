@@ -207,8 +207,8 @@ def check_same_settings(run: Run) -> None:
             a.shape != np.shape(b) or not np.allclose(a, b) for a, b in zip(earlier or (), now or ())
         ):
             raise UserError(
-                f"--resume: {res_dir / NORMALISATION} does not fit the data, which changed since the run was begun; "
-                "restore them, or give --overwrite."
+                f"{res_dir / NORMALISATION} does not fit the data, which changed since the run was begun; restore them, or "
+                "choose another --res_dir."
             )
 
 
@@ -219,8 +219,8 @@ def _compare(res_dir: Path, settings: dict[str, Any]) -> None:
         value = json.loads(json.dumps(value))
         if earlier.get(name, value) != value:  # what nothing is known of may be of a later version
             raise UserError(
-                f"--resume: {name} is {_brief(value)} but was {_brief(earlier[name])} when {res_dir} was begun; "
-                "give the same settings and data, or --overwrite."
+                f"{name} is {_brief(value)} but was {_brief(earlier[name])} when {res_dir} was begun; give the same "
+                "settings and data, or choose another --res_dir."
             )
 
 

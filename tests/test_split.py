@@ -43,7 +43,7 @@ def test_parcels_of_other_classes_may_be_named(tmp_path: Path) -> None:
         UserError, match=r"names parcel 2, which the dataset does not have \(2 unknown in all\)"
     ):
         read_folds(path, kept)
-    with pytest.raises(UserError, match="0 validation parcels of the classes"):
+    with pytest.raises(UserError, match=r"0 validation parcel\(s\) of the classes"):
         read_folds(path, IDS[:-1], known=IDS)
 
 
@@ -489,7 +489,7 @@ def test_splits_may_leave_parcels_out_and_overlap_between_folds(tmp_path: Path) 
         ([{"train": [1], "validation": ["x"], "test": [2]}], ["'x'"]),
         ([{"train": [1], "validation": [3], "test": [77]}], ["77"]),
         ([{"train": [1], "valid": [3], "test": [2]}], ["split 1", "'valid'", "train, validation, test"]),
-        ([{"train": [1], "validation": [3], "test": [2]}], ["1 train parcels", "at least 2"]),
+        ([{"train": [1], "validation": [3], "test": [2]}], ["1 train parcel(s)", "at least 2"]),
     ],
 )
 def test_wrong_splits_in_one_sentence(splits: object, words: list[str], tmp_path: Path) -> None:
