@@ -219,13 +219,12 @@ def choose_run(args: argparse.Namespace) -> Run:
     """The run in weight_dir, with the settings that the flags override."""
     run = open_run(args.weight_dir)
     typed, preset = typed_architecture(args), read_preset(args.preset)
+    asked = [name for name in flags() if typed.get(name)]
     if run.is_bare:
         print(f"Configuration: {args.weight_dir} has no {CONFIG}, so published defaults and flags")
         run = published_run(run.folder, typed, preset)
         run = replace(run, data=replace(run.data, seed=args.rdm_seed))
-    elif len(asked := [name for name in flags() if typed.get(name)]) == 1 and asked != [
-        run.architecture.encoder
-    ]:
+    elif len(asked) == 1 and asked[0] != run.architecture.encoder:
         title = run.architecture.kind.title
         raise UserError(f"--{asked[0]}: {args.weight_dir} holds {title}; leave the flag out.")
     elif args.kfold:

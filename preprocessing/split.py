@@ -142,7 +142,7 @@ def split(
         )
     except UserError as error:
         if groups and not in_file and parcels is None:
-            hint = "The file that has it can be given: --parcels FILE --id_column COLUMN."
+            hint = "Outlines with other columns can be given: --parcels FILE --id_column COLUMN."
             raise UserError(f"{error} {hint}") from error
         if blocks_km is not None or buffer or parcels is not None or not in_file:
             raise

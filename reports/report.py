@@ -24,11 +24,7 @@ from models.weights import folds_with
 from reports.plots import SCORES, plot_calibration, plot_confusion, plot_training, to_svg
 
 REPORT, TEMPLATE = "report.html", "report_template.html"
-_ELSEWHERE = (
-    "command",
-    "class_names",
-    "notes",
-)  # entries of conf.json that have their own places on the page
+_ELSEWHERE = ("command", "class_names", "notes")  # in conf.json, with places of their own on the page
 
 
 def write_report(res_dir: str | Path) -> Path:
