@@ -28,9 +28,17 @@ from learning.options import (
     resolve_architecture,
     typed_architecture,
 )
-from learning.predictions import OUTPUTS, TABLE, Jury, describe_scores, predict, write_predictions
+from learning.predictions import (
+    OUTPUTS,
+    TABLE,
+    describe_jury,
+    describe_scores,
+    mean_of_runs,
+    predict,
+    write_predictions,
+)
 from learning.results import CONFIG, prepare_output, read_confusions
-from learning.run import Run, open_run, published_run
+from learning.run import Run, open_others, open_run, published_run
 from models.architecture import Architecture, DataShape, flags, read_preset
 from models.ensemble import Ensemble
 from models.weights import choose_folds
@@ -57,6 +65,14 @@ def parse_args() -> argparse.Namespace:
     group = parser.add_argument_group("inference")
     group.add_argument(
         "--weight_dir", required=True, help="results folder of train.py, with Fold_k/model.pth.tar"
+    )
+    group.add_argument(
+        "--with_runs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="results folders of further trainings with the same classes, by other seeds or encoders, that predict together "
+        "with that of weight_dir: better, and as much slower",
     )
     group.add_argument(
         "--fold",
@@ -129,8 +145,11 @@ def main() -> None:
     output = prepare_output(args.output_dir) if is_main() else Path(args.output_dir)
     thresholds = {}
     if args.sets is not None:
+        if args.with_runs:
+            raise UserError("--sets needs one run, whose validation tells their size; leave --with_runs out.")
         thresholds = {k: read_threshold(Path(args.weight_dir) / f"Fold_{k}", args.sets) for k in folds}
     run = choose_run(args)
+    others = open_others(args.with_runs, run, args.until)
     classes = list(run.data.classes)
     outlines = open_outlines(args, run)
     if args.attention and not run.architecture.kind.has_attention:
@@ -151,12 +170,19 @@ def main() -> None:
     print(
         f"Device: {describe_device(device)}\n"
         f"Model: {run.architecture.kind.classifier.__name__}, {len(jury.folds)} fold(s) of {args.weight_dir}, "
-        f"{len(classes)} classes\nData: {len(dataset)} parcels of {dataset.folder}"
+        f"{len(classes)} classes\n"
+        + "".join(f"Together with: {each.folder}, {each.architecture.kind.title}\n" for each in others)
+        + f"Data: {len(dataset)} parcels of {dataset.folder}"
         + (f", until {dataset.until}" if dataset.until else "")
         + f"\n{describe_jury(jury, args.fold)}"
     )
+    runs = [(jury, dataset), *(other.ready(dataset.folder, args.fold, device) for other in others)]
     keep_freed_memory()  # not before: reading a dataset frees much that predicting would not need again
-    batches = predict(jury, dataset, classes, args.batch_size, args.num_workers, device, telling)
+    batch_size = args.batch_size or min(evaluation_batch(own.device) for _, own in runs)
+    how = classes, batch_size, args.num_workers, device, telling
+    batches = (
+        predict(*runs[0], *how) if len(runs) == 1 else mean_of_runs([predict(*each, *how) for each in runs])
+    )
     if not is_main():
         for _ in batches:
             pass
@@ -182,22 +208,6 @@ def main() -> None:
         confusion = sum(tested) if tested else None
         written = write_map(outlines, output / TABLE, output, picture, heading, confusion)
         print(f"Map: {', '.join(map(str, written))}")
-
-
-def describe_jury(jury: Jury, fold: str | None) -> str:
-    """Who predicts which parcels, in words."""
-    if fold is not None:
-        return "Folds: as published, also for parcels that they learned from, which flatters the scores"
-    if not jury.is_known:
-        return (
-            "Folds: all of them for every parcel, since nothing tells what they learned from, which flatters the scores of "
-            "those parcels; --kfold 5 --rdm_seed 1 restores the published folds of published weights"
-        )
-    alone, seen = (jury.held_out > 0).sum(), jury.seen.sum()
-    return (
-        f"Folds: {alone} parcels each by the fold that held it out, {len(jury.seen) - alone - seen} new ones by all folds"
-        + (f", {seen} that folds learned from by all of them" if seen else "")
-    )
 
 
 def open_outlines(args: argparse.Namespace, run: Run) -> "GeoDataFrame | None":

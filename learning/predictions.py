@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.special import softmax
 
 from common.errors import as_user_error
 from common.machine import count_workers, recursive_todevice
@@ -22,47 +22,9 @@ from data.loader import check_batch
 from data.samplers import BatchSampler, RankBatches, evaluation_batch
 from dataset import UNKNOWN, PixelSetData, batch_loader
 from learning.metrics import accuracy, confusion_matrix, mean_iou
-from models.ensemble import Ensemble
+from models.ensemble import Jury
 
 PREDICTIONS, TABLE = "Predictions_id_ytrue_y_pred.npy", "predictions.csv"
-
-
-@dataclass(frozen=True)
-class Jury:
-    """Who predicts which parcel.
-
-    Attributes:
-        ensemble: a classifier per fold.
-        folds: their numbers, from 1.
-        temperatures: that calibrated predictions divide the logits of each by.
-        held_out: number of the fold that predicts each parcel by itself, (N,); 0 where all do together.
-        seen: whether folds learned from a parcel and none held it out, (N,).
-        is_known: whether anything tells what the folds learned from.
-    """
-
-    ensemble: Ensemble
-    folds: Sequence[int]
-    temperatures: Sequence[float]
-    held_out: np.ndarray
-    seen: np.ndarray
-    is_known: bool = True
-
-    def probabilities(self, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
-        """Calibrated probabilities (B, K), and each member's vote as far as it counts, (members, B).
-
-        Where all folds vote, the mean of their log-probabilities is divided by the mean of their temperatures.
-
-        Args:
-            members: log-probabilities of each, (members, B, K).
-            held_out: as above, of the batch, (B,).
-        """
-        temperatures = members.new_tensor(self.temperatures)
-        log_p, votes = members.mean(0) / temperatures.mean(), members.argmax(2)
-        for fold, own, temperature in zip(self.folds, members, temperatures):
-            alone = (held_out == fold).unsqueeze(1)
-            log_p = torch.where(alone, own / temperature, log_p)
-            votes = torch.where(alone.T, own.argmax(1), votes)
-        return log_p.softmax(1), votes
 
 
 @dataclass(frozen=True)
@@ -283,6 +245,29 @@ def predict(
             )
 
 
+def mean_of_runs(runs: Sequence[Iterator[Predictions]]) -> Iterator[Predictions]:
+    """Predictions of several runs for the same parcels as one, batch by batch.
+
+    Probabilities are those of the mean of the runs' calibrated log-probabilities. The agreement is the share of the runs
+    that predict the same class; a parcel that any of them has seen is seen, and the first one's fold stands for each
+    run's own where all runs held the parcel out.
+    """
+    for batches in zip(*runs, strict=True):
+        with np.errstate(divide="ignore"):
+            log_p = np.mean([np.log(batch.probabilities) for batch in batches], axis=0)
+        probabilities = softmax(log_p, axis=1)
+        predicted = np.where(np.isnan(log_p).any(1), UNKNOWN, log_p.argmax(1))
+        held_out = np.all([batch.held_out > 0 for batch in batches], axis=0)
+        yield batches[0]._replace(
+            predicted=predicted,
+            confidence=probabilities.max(1),
+            agreement=np.mean([batch.predicted == predicted for batch in batches], axis=0),
+            probabilities=probabilities,
+            held_out=np.where(held_out, batches[0].held_out, 0),
+            seen=np.any([batch.seen for batch in batches], axis=0),
+        )
+
+
 def join(batches: Sequence[Predictions]) -> Predictions:
     """Predictions of several batches as one."""
     columns = zip(*(batch[1:-2] for batch in batches))
@@ -309,6 +294,22 @@ def write_predictions(batches: Iterator[Predictions], output: Path) -> Predictio
             file.close()
             os.replace(output / f".{name}", output / name)
     return join(kept)
+
+
+def describe_jury(jury: Jury, fold: str | None) -> str:
+    """Who predicts which parcels, in words."""
+    if fold is not None:
+        return "Folds: as published, also for parcels that they learned from, which flatters the scores"
+    if not jury.is_known:
+        return (
+            "Folds: all of them for every parcel, since nothing tells what they learned from, which flatters the scores of "
+            "those parcels; --kfold 5 --rdm_seed 1 restores the published folds of published weights"
+        )
+    alone, seen = (jury.held_out > 0).sum(), jury.seen.sum()
+    return (
+        f"Folds: {alone} parcels each by the fold that held it out, {len(jury.seen) - alone - seen} new ones by all folds"
+        + (f", {seen} that folds learned from by all of them" if seen else "")
+    )
 
 
 def describe_scores(predictions: Predictions) -> list[str]:

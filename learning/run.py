@@ -1,8 +1,8 @@
 """A training as conf.json tells it: the settings with which inference, resuming, reports and notebooks do as it did."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from common.errors import UserError, as_user_error
 from common.files import read_json
 from common.machine import prepared_device
+from common.processes import n_ranks
 from data.classes import read_class_names
 from data.folds import fold_splits
 from data.outlines import read_own_ids
@@ -20,10 +21,10 @@ from data.settings import CLASSES_20, DataSettings
 from dataset import UNKNOWN, PixelSetData, PixelSetData_preloaded, find_norm
 from learning.calibration import read_temperature
 from learning.options import resolve_architecture
-from learning.predictions import Jury, Predictions, Telling, join, predict
+from learning.predictions import Predictions, Telling, join, predict
 from learning.results import CONFIG, NORMALISATION, check_config, load_normalisation
 from models.architecture import Architecture, DataShape, default_settings, flags, known_encoders
-from models.ensemble import Ensemble, load_members
+from models.ensemble import Ensemble, Jury, load_members
 from models.stclassifier import PseClassifier
 from models.weights import choose_folds
 
@@ -214,6 +215,19 @@ class Run:
         names = self.class_names or read_class_names(dataset.folder, self.data.labels)
         return Telling(read_own_ids(dataset.folder), names, doubt, thresholds or {})
 
+    def ready(
+        self,
+        dataset_folder: str | Path | None,
+        fold: int | str | None = None,
+        device: str | torch.device | None = None,
+    ) -> tuple[Jury, PixelSetData]:
+        """The classifiers, and a dataset as this run reads it, on the device if its pixels fit; see `predict`."""
+        with as_user_error(FileNotFoundError, ValueError, TypeError, prefix=f"{self.folder}: "):
+            ensemble = self.load("all" if fold is None else fold, device)
+        dataset, device = self.open_dataset(dataset_folder), next(ensemble.parameters()).device
+        jury = self.jury(dataset, ensemble, fold)
+        return jury, dataset.to(device) if dataset.fits_on(device) else dataset
+
     def predict(
         self,
         dataset_folder: str | Path | None = None,
@@ -236,12 +250,8 @@ class Run:
         Raises:
             UserError: saying which file is not as expected.
         """
-        with as_user_error(FileNotFoundError, ValueError, TypeError):
-            ensemble = self.load("all" if fold is None else fold, device)
-        dataset, device = self.open_dataset(dataset_folder), next(ensemble.parameters()).device
-        jury = self.jury(dataset, ensemble, fold)
-        if dataset.fits_on(device):
-            dataset = dataset.to(device)
+        jury, dataset = self.ready(dataset_folder, fold, device)
+        device = next(jury.ensemble.parameters()).device
         how = self.data.classes, batch_size, num_workers, device, self.telling(dataset)
         with prepared_device(device, tf32):
             return join(list(predict(jury, dataset, *how)))
@@ -272,6 +282,31 @@ def open_run(folder: str | Path, classifier: type[PseClassifier] | None = None) 
             f"{folder} holds a {name}, not a {classifier.__name__}; load it with {name}_pretrained.from_run."
         )
     return run
+
+
+def open_others(folders: Sequence[str | Path], run: Run, until: str | None = None) -> list[Run]:
+    """The runs in further folders, which are to predict together with a run.
+
+    Args:
+        folders: their results folders.
+        run: the first one.
+        until: last day of the dates that they use; None for that of each one's training.
+
+    Raises:
+        UserError: if one has other classes or no conf.json, or several processes predict.
+    """
+    others = [open_run(folder) for folder in folders]
+    for other in others:
+        if other.is_bare or run.is_bare:
+            bare = other.folder if other.is_bare else run.folder
+            raise UserError(f"{bare} has no {CONFIG}; only runs of train.py can predict together.")
+        if list(other.data.classes) != list(run.data.classes):
+            raise UserError(
+                f"{other.folder} tells other classes apart than {run.folder}; give runs of the same ones."
+            )
+    if others and n_ranks() > 1:
+        raise UserError("several runs predict together in one process; start without torchrun.")
+    return [replace(each, data=replace(each.data, until=until or each.data.until)) for each in others]
 
 
 def published_run(

@@ -2,9 +2,11 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,44 @@ class Ensemble(nn.Module):
     def attention(self, input: PixelSet | Batch) -> Tensor:
         """Every member's `attention`, (members, H, B, L); head h of one has nothing to do with head h of another."""
         return torch.stack([member.attention(input) for member in self.members])
+
+
+@dataclass(frozen=True)
+class Jury:
+    """Who predicts which parcel.
+
+    Attributes:
+        ensemble: a classifier per fold.
+        folds: their numbers, from 1.
+        temperatures: that calibrated predictions divide the logits of each by.
+        held_out: number of the fold that predicts each parcel by itself, (N,); 0 where all do together.
+        seen: whether folds learned from a parcel and none held it out, (N,).
+        is_known: whether anything tells what the folds learned from.
+    """
+
+    ensemble: Ensemble
+    folds: Sequence[int]
+    temperatures: Sequence[float]
+    held_out: np.ndarray
+    seen: np.ndarray
+    is_known: bool = True
+
+    def probabilities(self, members: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Calibrated probabilities (B, K), and each member's vote as far as it counts, (members, B).
+
+        Where all folds vote, the mean of their log-probabilities is divided by the mean of their temperatures.
+
+        Args:
+            members: log-probabilities of each, (members, B, K).
+            held_out: as above, of the batch, (B,).
+        """
+        temperatures = members.new_tensor(self.temperatures)
+        log_p, votes = members.mean(0) / temperatures.mean(), members.argmax(2)
+        for fold, own, temperature in zip(self.folds, members, temperatures):
+            alone = (held_out == fold).unsqueeze(1)
+            log_p = torch.where(alone, own / temperature, log_p)
+            votes = torch.where(alone.T, own.argmax(1), votes)
+        return log_p.softmax(1), votes
 
 
 def warn_unless_normalised(input: PixelSet | Batch) -> None:

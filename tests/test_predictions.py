@@ -10,14 +10,16 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
+import inference
 from common.arrays import load_arrays
 from data.folds import fold_splits
 from data.packing import open_store
 from data.parts import PARTS, Parts, fingerprints
 from learning import predictions
 from learning.calibration import Calibration, Logits, fit_temperature
-from learning.predictions import OUTPUTS, Jury, Predictions
+from learning.predictions import OUTPUTS, Predictions
 from learning.run import open_run
+from models.ensemble import Jury
 from reports import season
 from tests.commands import Predict, read_table, read_temperatures, run_command, run_train
 from tests.folders import write_folder, write_meta
@@ -268,3 +270,70 @@ def test_batches_are_joined(folder: Path, weights: Path) -> None:
     many = run.predict(folder, device="cpu", batch_size=4)
     assert one.ids == many.ids and predictions.join([one]).ids == one.ids
     np.testing.assert_allclose(one.probabilities, many.probabilities, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def others(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two more trainings: other folds, and another encoder for varying dates."""
+    root, flags = tmp_path_factory.mktemp("others"), ("--rdm_seed 2", "--gru --varying_dates --rdm_seed 3")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return [
+            run_train(folder, root / str(i), f"--epochs 2 {each}", monkeypatch)
+            for i, each in enumerate(flags)
+        ]
+
+
+def test_runs_predict_together(
+    folder: Path, weights: Path, others: list[Path], predict: Predict, capsys: pytest.CaptureFixture
+) -> None:
+    each = [open_run(run).predict(folder, device="cpu") for run in (weights, *others)]
+    rows = read_table(predict(f"--with_runs {others[0]} {others[1]}"))
+    found = np.array([[float(row[f"probability_{label}"]) for label in CLASSES] for row in rows])
+    expected = np.prod([run.probabilities for run in each], axis=0) ** (1 / 3)
+    expected /= expected.sum(1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert [row["predicted_label"] for row in rows] == [str(CLASSES[k]) for k in expected.argmax(1)]
+    votes = np.mean([run.predicted == expected.argmax(1) for run in each], axis=0)
+    np.testing.assert_allclose([float(row["agreement"]) for row in rows], votes, atol=1e-5)
+    assert [row["predicted_by"] for row in rows] == held_out_by()
+    out = capsys.readouterr().out
+    assert all(f"Together with: {run}" in out for run in others)
+    right = np.mean([row["predicted_label"] == row["true_label"] for row in rows])
+    assert f"All: accuracy {100 * right:.1f}%" in out
+
+
+def test_what_one_of_the_runs_has_seen_is_seen() -> None:
+    def one(**changes: list) -> Predictions:
+        values = {"targets": [0, 1, 2], "predicted": [0, 1, 2], "confidence": [1.0] * 3, "agreement": [1.0] * 3,
+                  "probabilities": np.full((3, 3), 1 / 3), "held_out": [1, 2, 0], "seen": [False] * 3}  # fmt: skip
+        arrays = {name: np.array(value) for name, value in (values | changes).items()}
+        return Predictions(["1", "2", "3"], **arrays, classes=CLASSES)
+
+    gone = np.array([[np.nan] * 3, [0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])
+    runs = one(), one(held_out=[3, 0, 0], seen=[False, True, False], probabilities=gone, predicted=[-1, 1, 0])
+    (both,) = predictions.mean_of_runs([iter([run]) for run in runs])
+    assert both.predicted_by == ["1", "seen", "all"] and both.labels == [None, 3, 1]
+    np.testing.assert_allclose(
+        both.probabilities[1], np.sqrt([0.2, 0.5, 0.3]) / np.sqrt([0.2, 0.5, 0.3]).sum()
+    )
+    assert both.probabilities[2].tolist() == [1, 0, 0] and both.agreement.tolist() == [0.5, 1, 0.5]
+
+
+def test_runs_that_cannot_predict_together(
+    folder: Path, weights: Path, others: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    few = run_train(folder, tmp_path / "few", "--epochs 1 --sub_classes [1,3]", monkeypatch)
+    bare = Path(shutil.copytree(weights, tmp_path / "bare"))
+    (bare / "conf.json").unlink()
+    for options, words in (
+        (f"--with_runs {few}", "other classes"),
+        (f"--with_runs {bare}", "conf.json"),
+        (f"--with_runs {tmp_path / 'nowhere'}", "nowhere is not a folder"),
+        (f"--with_runs {others[0]} --sets 0.9", "--sets needs one run"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command = f"--weight_dir {weights} --dataset_folder {folder} --output_dir {tmp_path / 'out'}"
+            run_command(inference.main, f"{command} {options}", monkeypatch)
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1
