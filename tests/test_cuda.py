@@ -261,7 +261,10 @@ def test_inference_and_attention_give_the_numbers_of_a_cpu(
         if case.name in WITH_ATTENTION[:1] and device == "cuda":
             with pretend_cuda(free):
                 predicted = open_run(case.cpu).predict(case.folder, device="cuda")
+                both = f"--device cuda --num_workers 0 --with_runs {case.cpu}"  # the mean of a run and itself
+                run_inference(case.folder, case.cpu, tmp_path / "both", both, monkeypatch)
             np.testing.assert_allclose(predicted.confidence, outputs[-1][0][:, 3], rtol=1e-5)
+            np.testing.assert_allclose(read_outputs(tmp_path / "both")[0], outputs[-1][0], rtol=1e-4)
         batch_sizes.clear()
     expected, *others = outputs
     assert len(expected) == (6 if case.name in WITH_ATTENTION else 1)
