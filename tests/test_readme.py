@@ -195,4 +195,5 @@ def test_defaults_in_the_table_of_flags(tmp_path: Path) -> None:
     assert len(defaults) >= 10 and defaults["--d_model"] == "256"
     for flag, value in defaults.items():
         (found,) = re.findall(rf" {flag} [A-Z]\w* (?:(?! --).)*?\(default: ([^)]+)\)", help_text)
+        found = found.split(";")[0].removeprefix("L-TAE ")  # of encoders whose defaults differ
         assert found in (value, f"{value}.0"), flag
