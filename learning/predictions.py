@@ -253,8 +253,9 @@ def mean_of_runs(runs: Sequence[Iterator[Predictions]]) -> Iterator[Predictions]
     run's own where all runs held the parcel out.
     """
     for batches in zip(*runs, strict=True):
-        with np.errstate(divide="ignore"):
-            log_p = np.mean([np.log(batch.probabilities) for batch in batches], axis=0)
+        # Each class that one run rules out may be one that another is sure of: none has the logarithm of 0.
+        least = np.finfo(np.float32).tiny
+        log_p = np.mean([np.log(np.maximum(batch.probabilities, least)) for batch in batches], axis=0)
         probabilities = softmax(log_p, axis=1)
         predicted = np.where(np.isnan(log_p).any(1), UNKNOWN, log_p.argmax(1))
         held_out = np.all([batch.held_out > 0 for batch in batches], axis=0)

@@ -316,7 +316,11 @@ def test_what_one_of_the_runs_has_seen_is_seen() -> None:
     np.testing.assert_allclose(
         both.probabilities[1], np.sqrt([0.2, 0.5, 0.3]) / np.sqrt([0.2, 0.5, 0.3]).sum()
     )
-    assert both.probabilities[2].tolist() == [1, 0, 0] and both.agreement.tolist() == [0.5, 1, 0.5]
+    np.testing.assert_allclose(both.probabilities[2], [1, 0, 0], atol=1e-12)
+    assert both.agreement.tolist() == [0.5, 1, 0.5]
+    sure = [one(probabilities=np.roll(np.eye(3), k, axis=1)) for k in (0, 1)]  # each of another class
+    (both,) = predictions.mean_of_runs([iter([run]) for run in sure])
+    np.testing.assert_allclose(np.sort(both.probabilities, axis=1), [[0, 0.5, 0.5]] * 3, atol=1e-12)
 
 
 def test_runs_that_cannot_predict_together(
